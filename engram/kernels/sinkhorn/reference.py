@@ -1,0 +1,35 @@
+"""Sinkhorn-Knopp in plain torch: the specification, and its gradient by recomputation.
+
+Legend: G streams, N independent matrices.
+"""
+
+import torch
+from torch import Tensor
+
+
+def sinkhorn_ref(logits_GGN: Tensor, steps: int) -> Tensor:
+    """Alternate column (axis 0) and row (axis 1) normalisation of exp(logits), ending on rows."""
+    # A shift shared by a whole matrix cancels in the first normalisation and keeps exp in range.
+    x = torch.exp(logits_GGN - logits_GGN.amax((0, 1)))
+    for _ in range(steps):
+        x = x / x.sum(0, keepdim=True)
+        x = x / x.sum(1, keepdim=True)
+    return x
+
+
+def sinkhorn_backward(logits_GGN: Tensor, grad_GGN: Tensor, steps: int) -> Tensor:
+    """Gradient with respect to the logits. Iterates are recomputed, and each half-step y = x / sum(x) is reversed:
+    dx = (dy - sum(dy * y)) / sum(x)."""
+    x = torch.exp(logits_GGN - logits_GGN.amax((0, 1)))
+    exponential = x
+    outputs, inverse_sums = [], []
+    for half_step in range(2 * steps):
+        inverse_sum = x.sum(half_step % 2, keepdim=True).reciprocal_()
+        x = x * inverse_sum
+        outputs.append(x)
+        inverse_sums.append(inverse_sum)
+    grad = grad_GGN
+    for half_step in reversed(range(2 * steps)):
+        projection = (grad * outputs[half_step]).sum(half_step % 2, keepdim=True)
+        grad = (grad - projection) * inverse_sums[half_step]
+    return grad * exponential

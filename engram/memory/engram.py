@@ -1,0 +1,64 @@
+"""The memory module: hash ids and hidden states -> what memory adds to each stream.
+
+Letters: B batch, T tokens, H columns (orders * heads), M = d_mem, G streams, D hidden size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engram.config import MemoryConfig
+from engram.memory.conv import ShortConv
+from engram.memory.gate import gated_value
+from engram.memory.table import RowTable
+
+
+class Engram(nn.Module):
+    """Y = v + conv(v) with v = gate(hidden, W_K e) * W_V e, where e are the rows that the token's n-grams hash to.
+
+    One table and one value serve all streams; each stream has its own key and gate (Engram, section 2.4). The caller
+    adds the result to the streams. Projections run in the dtype of `hidden`, gates in float32.
+    """
+
+    def __init__(self, config: MemoryConfig, *, layer_id: int, hidden_size: int, hc_mult: int, num_rows: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_id = layer_id
+        gains = torch.zeros if config.zero_centred_gains else torch.ones
+        self.embed = RowTable(num_rows, config.head_dim, init_std=config.init_std)
+        # Rows of the matrix: keys of stream 0 to hc_mult-1, then the value.
+        self.wkv = nn.Linear(config.d_mem, (hc_mult + 1) * hidden_size, bias=config.projection_bias)
+        nn.init.normal_(self.wkv.weight, std=config.d_mem**-0.5)
+        self.q_weight = nn.Parameter(gains(hc_mult, hidden_size))
+        self.k_weight = nn.Parameter(gains(hc_mult, hidden_size))
+        self.conv: ShortConv | None = None
+        if config.conv is not None:
+            self.conv = ShortConv(
+                config.conv,
+                channels=hc_mult * hidden_size,
+                dilation=config.conv.dilation or config.max_ngram_size,
+                norm_eps=config.conv_norm_eps,
+            )
+            self.conv_norm = nn.Parameter(gains(hc_mult, hidden_size))
+
+    def forward(self, hidden: torch.Tensor, hash_ids: torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, G, D], hash ids with offsets int64 [B, T, H] (-1: dead) -> [B, T, G, D] in `hidden.dtype`."""
+        value_BTGD, _ = self._gate(hidden, hash_ids)
+        if self.conv is None:
+            return value_BTGD
+        return value_BTGD + self.conv(value_BTGD, self._gain(self.conv_norm))
+
+    def gates(self, hidden: torch.Tensor, hash_ids: torch.Tensor) -> torch.Tensor:
+        """How far each stream opens to memory: [B, T, G] float32, 0 for dead tokens."""
+        return self._gate(hidden, hash_ids)[1]
+
+    def _gate(self, hidden: torch.Tensor, hash_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows_BTM = self.embed(hash_ids, hidden.dtype)
+        bias = None if self.wkv.bias is None else self.wkv.bias.to(hidden.dtype)
+        keys_and_value = F.linear(rows_BTM, self.wkv.weight.to(hidden.dtype), bias)
+        alive_BT = (hash_ids >= 0).any(-1)
+        gains = self._gain(self.q_weight), self._gain(self.k_weight)
+        return gated_value(hidden, keys_and_value, alive_BT, *gains, self.config)
+
+    def _gain(self, weight: torch.Tensor) -> torch.Tensor:
+        return 1 + weight if self.config.zero_centred_gains else weight

@@ -1,0 +1,120 @@
+"""Checkpoints: whoever loads one gets the very model that was saved, or a message that says what does not fit.
+
+A checkpoint alone suffices to generate text: it carries config, tokenizer and vocabulary map. The hash recipe is
+compared on every load, because a drifted tokenizer or multiplier would silently re-address every row of the tables.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from engram.config import Config
+from engram.data.tokenizer import Tokenizer, load_tokenizer
+from engram.memory.vocabulary import VocabularyMap
+from engram.model.transformer import Transformer
+from engram.training.checkpoint_files import (
+    CHECKSUMS,
+    CheckpointError,
+    Contents,
+    latest_checkpoint,
+    read_config,
+    read_tensors,
+    save_step,
+    verify,
+)
+
+__all__ = ["Checkpoint", "CheckpointError", "latest_checkpoint", "load_model", "open_checkpoint", "save_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files were found whole."""
+
+    folder: Path
+    config: Config
+    # step, tokens, loader, optimizer, rng, hash_recipe, tokenizer_digest, environment, ...
+    state: dict[str, Any]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the model was trained with."""
+        return load_tokenizer(self.folder)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors of `model` or `optim`."""
+        return read_tensors(self.folder / f"{name}.safetensors")
+
+    def vocabulary(self) -> VocabularyMap:
+        """The map from token ids to the compressed ids whose n-grams were hashed."""
+        with safe_open(self.folder / "model.safetensors", "numpy") as file:
+            return VocabularyMap(file.get_tensor("token_map"))
+
+    def fill(self, model: Transformer) -> None:
+        """Copy the weights into `model`. Raises CheckpointError: another hash recipe, names or shapes."""
+        self._compare_recipes(hash_recipe(model))
+        found, needed = self.tensors("model"), model.state_dict()
+        problems = [f"{name}: only in the checkpoint" for name in found.keys() - needed.keys()]
+        problems += [f"{name}: only in the model" for name in needed.keys() - found.keys()]
+        problems += [
+            f"{name}: {list(found[name].shape)} in the checkpoint, {list(needed[name].shape)} in the model"
+            for name in found.keys() & needed.keys()
+            if found[name].shape != needed[name].shape
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{self.folder / 'model.safetensors'}: does not fit the model of its config:\n  "
+                + "\n  ".join(sorted(problems))
+                + "\nuse the code of the commit in the run's code.json"
+            )
+        model.load_state_dict(found)
+
+    def _compare_recipes(self, recipe: dict[str, str]) -> None:
+        for part, digest in recipe.items():
+            if (saved := self.state["hash_recipe"].get(part)) != digest:
+                raise CheckpointError(
+                    f"{self.folder / 'state.json'}: the hash recipe of {part} was {str(saved)[:12]}..., but is now "
+                    f"{digest[:12]}...: every n-gram would read other rows. Use the tokenizer and code that trained it"
+                )
+
+
+def save_checkpoint(run_dir: Path, step: int, contents: Contents, keep: int) -> Path:
+    """Save `run_dir/step_<step>`, point `latest` to it, keep the newest `keep`. Raises CheckpointError: disk full."""
+    return save_step(run_dir, step, contents, keep)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path`, or the latest of the run folder at `path`, after comparing all checksums.
+
+    Raises CheckpointError: none there, a file missing or damaged, unreadable config.
+    """
+    folder = Path(path)
+    if not (folder / CHECKSUMS).exists():
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: does not exist: give a run folder or one of its step_... folders")
+        folder = latest_checkpoint(folder) or folder
+    verify(folder)
+    return Checkpoint(folder, read_config(folder), json.loads((folder / "state.json").read_text()))
+
+
+def load_model(checkpoint_dir: str | Path) -> Transformer:
+    """The model of a checkpoint, or of a run folder's latest: float32, in eval mode, with its vocabulary map.
+
+    Raises CheckpointError.
+    """
+    checkpoint = open_checkpoint(checkpoint_dir)
+    model = Transformer(checkpoint.config.model, checkpoint.vocabulary())
+    checkpoint.fill(model)
+    return model.eval()
+
+
+def hash_recipe(model: Transformer) -> dict[str, str]:
+    """Digests of all that decides which rows a token reads; the vocabulary map's is there with and without tables."""
+    recipe = {"vocabulary": model.vocabulary.digest}
+    if model.hasher is not None:
+        recipe["memory"] = model.hasher.fingerprint()
+    if model.over_encoding is not None:
+        recipe["over_encoding"] = model.over_encoding.hasher.fingerprint()
+    return recipe

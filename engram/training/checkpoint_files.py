@@ -1,0 +1,157 @@
+"""A checkpoint on disk: safetensors and JSON with checksums, written such that a crash leaves it whole or absent.
+
+step_000500/  model.safetensors  optim.safetensors  state.json  config.yaml  tokenizer.*  checksums.json
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engram.config import Config, ConfigError, UserError, load_config, save_config
+from engram.data.tokenizer import Tokenizer
+from engram.training.files import move_into_place, point, remove_folder, sha256, sync, unfinished
+
+LATEST = "latest"
+CHECKSUMS = "checksums.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, is incomplete or damaged, or belongs to something else."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint, or into a post-mortem folder."""
+
+    # Name of each safetensors file -> its tensors: "model" holds parameters and persistent buffers, "optim" moments.
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    config: Config
+    tokenizer: Tokenizer
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / f"step_{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def step_folders(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((path for path in run_dir.glob("step_*") if path.name[len("step_") :].isdigit()), key=step_of)
+
+
+def write_folder(folder: Path, contents: Contents) -> None:
+    """Write `folder` beside its place, flush it to disk, and rename it.
+
+    Raises CheckpointError where the disk does not take it; what was written is removed, older folders stay as they are.
+    """
+    building = unfinished(folder)
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        _fill(building, contents)
+        move_into_place(building, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        kept = latest_checkpoint(folder.parent)
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error}): free space on this disk, or lower train.keep_checkpoints; "
+            + (f"{kept.name} is whole, and the same command resumes from it" if kept else "there is no checkpoint yet")
+        ) from error
+
+
+def save_step(run_dir: Path, step: int, contents: Contents, keep: int) -> Path:
+    """Write `step_<step>`, let `latest` point to it, and delete all but the newest `keep` checkpoints."""
+    folder = step_folder(run_dir, step)
+    write_folder(folder, contents)
+    point(run_dir / LATEST, folder.name)
+    # A run set back to an earlier checkpoint may still hold later ones: they do not count as newer than this one.
+    until_now = [path for path in step_folders(run_dir) if step_of(path) <= step]
+    for old in until_now[:-keep]:
+        remove_folder(old)
+    return folder
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The checkpoint that `latest` points to; None for a run without one. Raises CheckpointError: a broken pointer."""
+    run_dir = Path(run_dir)
+    pointer = run_dir / LATEST
+    if not pointer.is_symlink():
+        # Killed between the rename of the first checkpoint and its pointer: a folder of this name is whole.
+        return next(reversed(step_folders(run_dir)), None)
+    folder = run_dir / os.readlink(pointer)
+    if not folder.is_dir():
+        others = [path.name for path in step_folders(run_dir)]
+        raise CheckpointError(
+            f"{pointer}: points to {folder.name}, which does not exist: "
+            + (f"point it to one of {', '.join(others)} (ln -sfn)" if others else "delete it to start the run anew")
+        )
+    return folder
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with its checksum. Raises CheckpointError naming the file and what to do."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: is not a checkpoint: {CHECKSUMS} is missing") from None
+    except ValueError:
+        raise CheckpointError(f"{folder / CHECKSUMS}: is damaged: {_other_checkpoint(folder)}") from None
+    for name, expected in checksums.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is missing: {_other_checkpoint(folder)}")
+        if (found := sha256(path)) != expected:
+            raise CheckpointError(
+                f"{path}: is damaged: its sha256 is {found[:12]}..., but {CHECKSUMS} says {expected[:12]}...: "
+                + _other_checkpoint(folder)
+            )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises CheckpointError."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): {_other_checkpoint(path.parent)}") from None
+
+
+def read_config(folder: Path) -> Config:
+    """The config that the checkpoint was trained with. Raises CheckpointError."""
+    try:
+        return load_config(folder / "config.yaml")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}\nthis checkpoint was written by other code: use that of code.json") from None
+
+
+def _fill(building: Path, contents: Contents) -> None:
+    for name, tensors in contents.tensors.items():
+        path = building / f"{name}.safetensors"
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+        # safetensors creates files that only their owner may read.
+        path.chmod(0o644)
+    (building / "state.json").write_text(json.dumps(contents.state))
+    save_config(contents.config, building / "config.yaml")
+    contents.tokenizer.save(building)
+    checksums = {path.name: sha256(path) for path in sorted(building.iterdir())}
+    (building / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
+    for path in building.iterdir():
+        sync(path)
+    sync(building)
+
+
+def _other_checkpoint(folder: Path) -> str:
+    others = [path.name for path in step_folders(folder.parent) if path.name != folder.name]
+    if not others:
+        return "restore it from a copy, or delete the run folder and start anew"
+    return f"delete {folder.name} and `latest` to go on from {others[-1]}"

@@ -1,0 +1,209 @@
+"""One run, one folder: who may write to it, whether the config is still the same, and where the code came from.
+
+    runs/<name>/  config.yaml  code.json  parameters.txt  metrics.jsonl  log.txt  step_000500/  latest  done.json
+
+`latest` is a symbolic link to the newest checkpoint. This file imports no torch: a run that is finished or in use, or a
+config that does not fit the folder, is reported at once.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from engram.config import Config, ConfigError, UserError, load_config, save_config
+from engram.training.files import remove_unfinished, unfinished, write_atomically
+
+# Settings that a later call on the same folder may change without changing a single weight ...
+FREE = (
+    "run_dir",
+    "eval",
+    "data.path",
+    "data.cache",
+    "data.prefetch",
+    "train.stop_after",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.statistics_every",
+    "train.skip_nonfinite",
+    "train.wandb",
+)
+# ... and those that change only the order of floating-point sums: allowed, with a warning.
+ROUNDING = (
+    "train.threads",
+    "train.device",
+    "train.compile",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+)
+
+
+class RunFolderError(UserError):
+    """A run folder that is in use, belongs to another config, or cannot be written."""
+
+
+class RunFolder:
+    """A run's folder, locked for this process while the `with` block lasts."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path = Path(config.run_dir)
+        # Settings changed since the last start whose only effect is rounding: "train.threads: 1 -> 2".
+        self.rounding_changes: list[str] = []
+        self.leftovers: list[str] = []
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        """Create or reopen the folder. Raises RunFolderError: in use, another config, not writable."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunFolderError(f"run_dir {self.path}: cannot be written ({error.strerror}): choose another") from None
+        try:
+            self._take_lock()
+            self._check_config()
+            self.leftovers = remove_unfinished(self.path)
+            if self.finished is None:
+                self._write_config()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._release()
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """Content of `done.json`, or None while the run has steps to go."""
+        try:
+            return json.loads((self.path / "done.json").read_text())
+        except FileNotFoundError:
+            return None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as done."""
+        write_atomically(self.path / "done.json", json.dumps(summary, indent=2) + "\n")
+
+    def record_code(self, facts: dict[str, Any]) -> str:
+        """Write this start's provenance and `facts` into code.json, before earlier starts, and return the run's id."""
+        path = self.path / "code.json"
+        earlier = json.loads(path.read_text())["starts"] if path.exists() else []
+        run_id = earlier[-1]["run_id"] if earlier else uuid.uuid4().hex[:12]
+        start = {"run_id": run_id, **provenance(), **facts}
+        write_atomically(path, json.dumps({"starts": [start, *earlier]}, indent=2) + "\n")
+        return run_id
+
+    def _take_lock(self) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock, 200, 0).decode() or "another process"
+            raise RunFolderError(
+                f"run_dir {self.path}: in use by {holder}: wait until it ends, stop it, or choose another run_dir"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def _release(self) -> None:
+        # Closing gives the lock back; a killed process gives it back as well.
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_config(self) -> None:
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return
+        try:
+            saved = load_config(path)
+        except ConfigError as error:
+            raise RunFolderError(
+                f"{error}\nrun_dir {self.path}: was started with a config that this code no longer reads: "
+                "check out the commit in code.json, or choose another run_dir"
+            ) from None
+        changes = differences(saved.model_dump(mode="json"), self.config.model_dump(mode="json"))
+        forbidden = [change for key, change in changes.items() if not _within(key, FREE + ROUNDING)]
+        if forbidden:
+            raise RunFolderError(
+                f"run_dir {self.path}: was started with another config:\n  "
+                + "\n  ".join(forbidden)
+                + "\nchoose another run_dir for the changed config, or take the change back to continue this run"
+            )
+        self.rounding_changes = [change for key, change in changes.items() if _within(key, ROUNDING)]
+
+    def _write_config(self) -> None:
+        building = unfinished(self.path / "config.yaml")
+        save_config(self.config, building)
+        os.replace(building, self.path / "config.yaml")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> "key: old -> new" of every setting that differs between two nested dictionaries."""
+    changes: dict[str, str] = {}
+    for name in dict.fromkeys((*old, *new)):
+        key, before, after = prefix + name, old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes |= differences(before, after, key + ".")
+        elif before != after:
+            changes[key] = f"{key}: {_short(before)} -> {_short(after)}"
+    return changes
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, digest of uncommitted changes, versions, command and machine of this process."""
+    commit = _git("rev-parse", "HEAD")
+    diff = _git("diff", "HEAD")
+    return {
+        "commit": commit.strip() if commit else None,
+        "uncommitted_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "numpy": importlib.metadata.version("numpy"),
+        "host": socket.gethostname(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def cpu_name() -> str:
+    """Model name of the processor, as the operating system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command on this package's checkout, or None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, check=True, timeout=10, text=True, errors="replace").stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _within(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

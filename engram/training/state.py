@@ -1,0 +1,87 @@
+"""All that a run carries from step to step, and its way into a checkpoint and back."""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram.config import Config
+from engram.data.loader import Loader
+from engram.model.transformer import Transformer
+from engram.optim.optimizer import RoleOptimizer
+from engram.training import random_state
+from engram.training.checkpoint import Checkpoint, CheckpointError, hash_recipe
+from engram.training.checkpoint_files import Contents
+from engram.training.setup import RunData, environment
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunState:
+    config: Config
+    data: RunData
+    device: torch.device
+    model: Transformer
+    optimizer: RoleOptimizer
+    loader: Loader
+    # Finished steps, and those among them that were skipped for a non-finite loss or gradient.
+    step: int = 0
+    skipped: int = 0
+    best_val_loss: float = math.inf
+    best_step: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.tokens_per_step
+
+    def contents(self, **tensors: dict[str, Tensor]) -> Contents:
+        """Everything that resuming needs, and `tensors` as files of their own."""
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
+            "best_step": self.best_step,
+            "loader": self.loader.state_dict(),
+            "optimizer": self.optimizer.scalars(),
+            "rng": random_state.capture(),
+            "hash_recipe": hash_recipe(self.model),
+            **self._identity(),
+            "environment": environment(self.device),
+        }
+        files = {"model": self.model.state_dict(), "optim": self.optimizer.tensors(), **tensors}
+        return Contents(files, state, self.config, self.data.tokenizer)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises CheckpointError: other data, tokenizer, hash recipe or shapes."""
+        state = checkpoint.state
+        for part, digest in self._identity().items():
+            if state[part] != digest:
+                raise CheckpointError(
+                    f"{checkpoint.folder / 'state.json'}: {part} was {state[part][:12]}..., but data.path "
+                    f"{self.config.data.path} has {digest[:12]}...: point data.path to the data that the run started "
+                    "with, or choose another run_dir"
+                )
+        checkpoint.fill(self.model)
+        self.optimizer.load_tensors(checkpoint.tensors("optim"))
+        self.optimizer.load_scalars(state["optimizer"])
+        self.loader.load_state_dict(state["loader"])
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
+        self.best_step = state["best_step"]
+        random_state.restore(state["rng"])
+        self._warn_of_differences(state["environment"])
+
+    def _identity(self) -> dict[str, str]:
+        training = self.data.training.manifest.splits["train"]
+        return {"tokenizer_digest": self.data.tokenizer.digest, "data_digest": training.digest}
+
+    def _warn_of_differences(self, saved: dict[str, Any]) -> None:
+        now = environment(self.device)
+        changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in now.items() if saved.get(key) != value]
+        if changed:
+            logger.warning("resuming is exact to the bit only where nothing changed; here: %s", "; ".join(changed))

@@ -1,0 +1,231 @@
+"""The training loop: config in, run folder out; killed at any moment, the same command goes on where it stood."""
+
+import errno
+import logging
+from contextlib import ExitStack
+from dataclasses import replace
+from enum import IntEnum
+from typing import Any
+
+from engram.config import Config
+from engram.data.errors import DataError
+from engram.data.loader import Batch, Loader, validation_batches
+from engram.model.accounting import count_parameters
+from engram.optim.optimizer import build_optimizer
+from engram.optim.schedule import learning_rate
+from engram.training import random_state
+from engram.training.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
+from engram.training.checkpoint_files import write_folder
+from engram.training.clock import Clock
+from engram.training.console import RunConsole
+from engram.training.evaluation import validation_loss
+from engram.training.files import write_atomically
+from engram.training.metrics import MetricsFile, read_metrics
+from engram.training.run_folder import RunFolder, RunFolderError
+from engram.training.setup import build_model, choose_device, configure_process, environment, open_data
+from engram.training.signals import StopRequest
+from engram.training.state import RunState
+from engram.training.statistics import layer_statistics
+from engram.training.step import apply_gradient, compute_gradient, discard_gradient, nonfinite_gradients
+from engram.training.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class Exit(IntEnum):
+    """How a run ended, as the exit status of `train.py`, where 2 is a UserError."""
+
+    DONE = 0
+    DIVERGED = 3
+    INTERRUPTED = 130
+
+
+class Trainer:
+    """Trains the model of a config in its run folder, from the start or from the folder's latest checkpoint.
+
+    Same config, machine, torch and number of threads: same weights to the bit, however often the run was killed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        train = config.train
+        self.last_step = min(train.steps, train.stop_after or train.steps)
+        self.micro_batch_size = train.micro_batch_size or train.batch_size
+
+    def fit(self) -> Exit:
+        """Train until `train.steps`, or `train.stop_after`, and save. Raises UserError."""
+        with ExitStack() as stack:
+            self.folder = stack.enter_context(RunFolder(self.config))
+            self.console = stack.enter_context(RunConsole(self.folder.path / "log.txt", self.config.train.steps))
+            if self.folder.finished is not None:
+                logger.info(
+                    "%s is finished after step %d: nothing to do (another run needs another run_dir)",
+                    self.folder.path,
+                    self.folder.finished["step"],
+                )
+                return Exit.DONE
+            try:
+                return self._fit(stack)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                where = self.folder.path
+                raise RunFolderError(
+                    f"{where}: the disk is full: free space, and the same command goes on from the last checkpoint"
+                ) from error
+
+    def _fit(self, stack: ExitStack) -> Exit:
+        for name in self.folder.leftovers:
+            logger.info("removed %s, which a killed process left unfinished", name)
+        self.state = self._build()
+        stack.callback(self.state.loader.close)
+        self._resume()
+        run_id = self.folder.record_code(environment(self.state.device))
+        self._record_parameters()
+        self.metrics = stack.enter_context(MetricsFile(self.folder.path / "metrics.jsonl", self.state.step))
+        self.tracker = Tracker(self.config, self.folder.path, run_id)
+        status: Exit | None = None
+        try:
+            with StopRequest() as stop:
+                status = self._loop(stop)
+        finally:
+            self.tracker.finish(exit_code=1 if status is None else int(status))
+        if status is Exit.DONE and self.state.step == self.config.train.steps:
+            self._finish()
+        return status
+
+    def _build(self) -> RunState:
+        config = self.config
+        configure_process(config.train)
+        device = choose_device(config.train.device)
+        data = open_data(config, self.console.terminal)
+        random_state.seed_all(config.seed)
+        model = build_model(config, data.tokenizer, device)
+        optimizer = build_optimizer(model.named_parameters(), config.optim)
+        loader = Loader(
+            data.training,
+            config.data.sequence_length,
+            config.train.batch_size,
+            config.data.shuffle_seed,
+            prefetch=config.data.prefetch,
+        )
+        return RunState(config, data, device, model, optimizer, loader)
+
+    def _resume(self) -> None:
+        for change in self.folder.rounding_changes:
+            logger.warning("%s: from here on the run is not to the bit the one that was started", change)
+        saved = latest_checkpoint(self.folder.path)
+        if saved is not None:
+            self.state.restore(open_checkpoint(saved))
+            logger.info("going on from %s", saved)
+
+    def _loop(self, stop: StopRequest) -> Exit:
+        state, train = self.state, self.config.train
+        self.console.start(state.step)
+        self.clock = Clock(state.step, self.config.tokens_per_step)
+        while state.step < self.last_step:
+            line = self._step(next(state.loader))
+            if line is None:
+                return Exit.DIVERGED
+            self._report(line)
+            if stop.received or state.step % train.checkpoint_every == 0 or state.step == self.last_step:
+                with self.clock.paused():
+                    save_checkpoint(self.folder.path, state.step, state.contents(), train.keep_checkpoints)
+            if stop.received and state.step < self.last_step:
+                logger.info("interrupted after step %d: the same command goes on from there", state.step)
+                return Exit.INTERRUPTED
+        if state.step < train.steps:
+            logger.info("stopped after step %d, as train.stop_after says: without it, the run goes on", state.step)
+        return Exit.DONE
+
+    def _step(self, batch: Batch) -> dict[str, Any] | None:
+        """Take one step and return its metrics, or None where the run has diverged."""
+        state, train, optim = self.state, self.config.train, self.config.optim
+        self._check_tokens(batch)
+        lr = learning_rate(state.step, optim, train.steps)
+        gradient = compute_gradient(state.model, batch, self.micro_batch_size, optim.clip_norm, state.device)
+        line: dict[str, Any] = {
+            "step": state.step + 1,
+            "tokens": state.tokens + self.config.tokens_per_step,
+            "loss": gradient.loss,
+            "lr": lr,
+            "grad_norm": gradient.norm,
+        }
+        if gradient.finite:
+            if train.statistics_every and line["step"] % train.statistics_every == 0:
+                with self.clock.paused():
+                    line |= layer_statistics(state.model, batch, self.micro_batch_size, state.device)
+            apply_gradient(state.model, state.optimizer, lr)
+        else:
+            what = f"step {line['step']}: loss {gradient.loss}, gradient norm {gradient.norm}"
+            if state.skipped == train.skip_nonfinite:
+                self._write_post_mortem(batch, line, what)
+                return None
+            state.skipped += 1
+            logger.warning("%s: skipped, %d of %d", what, state.skipped, train.skip_nonfinite)
+            discard_gradient(state.model, state.optimizer)
+        state.step += 1
+        return line
+
+    def _report(self, line: dict[str, Any]) -> None:
+        """Evaluate if it is time to, and write the metrics of a step that is logged."""
+        step, train = line["step"], self.config.train
+        evaluate = step % train.eval_every == 0 or step == train.steps
+        statistics = train.statistics_every and step % train.statistics_every == 0
+        if evaluate:
+            with self.clock.paused():
+                line["val_loss"] = self._validate()
+            if line["val_loss"] < self.state.best_val_loss:
+                self.state.best_val_loss, self.state.best_step = line["val_loss"], step
+        if step == 1 or step % train.log_every == 0 or evaluate or statistics:
+            line["tokens_per_second"] = self.clock.lap(step)
+            self.metrics.write(line)
+            self.tracker.log(line)
+            self.console.report(line, self.clock.seconds_left(step, self.last_step))
+        else:
+            self.console.advance(step)
+
+    def _validate(self) -> float:
+        data, evaluation = self.state.data.validation, self.config.eval
+        length = self.config.data.sequence_length
+        batches = validation_batches(data, length, evaluation.batch_size, evaluation.tokens)
+        return validation_loss(self.state.model, batches, self.state.device)
+
+    def _check_tokens(self, batch: Batch) -> None:
+        highest, size = int(batch.tokens.max()), self.config.model.vocab_size
+        if highest >= size:
+            raise DataError(
+                f"{self.config.data.path}: a shard holds token {highest}, but model.vocab_size is {size}: the file is "
+                "damaged; check it with python -m engram.data inspect, and prepare the folder again"
+            )
+
+    def _write_post_mortem(self, batch: Batch, line: dict[str, Any], what: str) -> None:
+        """Save what the diverged step started from: weights and moments before it, its batch, its metrics."""
+        state = self.state
+        folder = self.folder.path / f"postmortem_{line['step']:06d}"
+        contents = state.contents(batch=batch._asdict())
+        failure = {key: repr(value) if key in ("loss", "grad_norm") else value for key, value in line.items()}
+        failure["nonfinite_gradients"] = nonfinite_gradients(state.model)
+        logger.error("%s: diverged; %s holds weights, batch and the parameters concerned (state.json)", what, folder)
+        write_folder(folder, replace(contents, state={**contents.state, "failure": failure}))
+
+    def _record_parameters(self) -> None:
+        counts = count_parameters(self.config.model)
+        table = (
+            f"total {counts.total:,} (vocabulary {counts.vocabulary:,} apart), activated {counts.activated:,}, "
+            f"memory {counts.memory:,}, sparse {counts.sparse:,}\n\n{self.state.optimizer.roles_table()}\n"
+        )
+        logger.info("parameters: %s", table)
+        write_atomically(self.folder.path / "parameters.txt", table)
+
+    def _finish(self) -> None:
+        state = self.state
+        last = read_metrics(self.folder.path / "metrics.jsonl")[-1]
+        summary = {key: last.get(key) for key in ("step", "tokens", "loss", "val_loss")}
+        summary |= {
+            "best_val_loss": min(state.best_val_loss, float("inf")) if state.best_step else None,
+            "best_step": state.best_step or None,
+            "skipped_steps": state.skipped,
+        }
+        self.folder.finish(summary)
+        logger.info("finished after step %d: validation loss %s", state.step, summary["val_loss"])

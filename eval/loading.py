@@ -1,0 +1,71 @@
+"""A checkpoint as evaluation needs it: model on its device, tokenizer, config."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engram.config import Config, UserError
+from engram.data.shards import Dataset
+from engram.data.tokenizer import Tokenizer, check_vocabulary
+from engram.model.transformer import Transformer
+from engram.training.checkpoint import open_checkpoint
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, with what it was trained with."""
+
+    folder: Path
+    model: Transformer
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt. Raises UserError where there are none."""
+        ids = self.tokenizer.encode(text)
+        if not ids:
+            raise UserError("the text is empty: give at least one character")
+        return ids
+
+    def continuation(self, prompt: list[int], tokens: list[int]) -> str:
+        """Text that `tokens` add to the prompt that they begin with, without the end-of-document token."""
+        kept = [token for token in tokens[len(prompt) :] if token != self.tokenizer.eos_id]
+        return self.tokenizer.decode([*prompt, *kept]).removeprefix(self.tokenizer.decode(prompt))
+
+
+def load(path: str | Path, device: str = "auto", dtype: str = "float32", threads: int | None = None) -> Loaded:
+    """Load a checkpoint, or the latest of a run folder. `threads`: of the CPU; None: as many as in training.
+
+    Raises UserError: no checkpoint, damaged, another tokenizer, no such device.
+    """
+    checkpoint = open_checkpoint(path)
+    threads = threads or checkpoint.config.train.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = Transformer(checkpoint.config.model, checkpoint.vocabulary())
+    checkpoint.fill(model)
+    model.compute_dtype = getattr(torch, dtype)
+    tokenizer = checkpoint.tokenizer()
+    check_vocabulary(tokenizer, checkpoint.config.model.vocab_size, str(checkpoint.folder))
+    return Loaded(
+        checkpoint.folder, model.eval().to(_device(device)), tokenizer, checkpoint.config, int(checkpoint.state["step"])
+    )
+
+
+def open_split(folder: str | Path, tokenizer: Tokenizer, split: str = "validation") -> Dataset:
+    """A split of a prepared folder. Raises UserError: not prepared, damaged, or made with another tokenizer."""
+    dataset = Dataset(folder, "train" if split == "train" else "validation")
+    if dataset.manifest.tokenizer.digest != tokenizer.digest:
+        raise UserError(
+            f"{folder}: was prepared with tokenizer {dataset.manifest.tokenizer.digest[:12]}..., but the checkpoint "
+            f"was trained with {tokenizer.digest[:12]}...: give the data that belongs to the checkpoint with --data"
+        )
+    return dataset
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("the device is cuda, but torch sees no CUDA device: give --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engram.kernels.sinkhorn import sinkhorn, sinkhorn_ref
+
+
+def _by_loops(logits: np.ndarray, steps: int) -> np.ndarray:
+    size, _, count = logits.shape
+    result = np.exp(logits.astype(np.float64))
+    for n in range(count):
+        for _ in range(steps):
+            for column in range(size):
+                result[:, column, n] /= sum(result[row, column, n] for row in range(size))
+            for row in range(size):
+                result[row, :, n] /= sum(result[row, column, n] for column in range(size))
+    return result
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_equals_loops(size: int, steps: int) -> None:
+    logits = torch.randn(size, size, 7) * 2
+    expected = torch.from_numpy(_by_loops(logits.numpy(), steps))
+    torch.testing.assert_close(sinkhorn(logits, steps).double(), expected, atol=2e-6, rtol=2e-6)
+
+
+@given(st.integers(2, 6), st.integers(1, 25), st.floats(0.1, 30.0))
+def test_rows_sum_to_one_exactly_and_columns_nearly(size: int, steps: int, spread: float) -> None:
+    logits = torch.randn(size, size, 11) * spread
+    mixing = sinkhorn(logits, steps)
+    assert (mixing >= 0).all()
+    # The axis that the mix sums over; columns are only as good as the number of steps makes them.
+    torch.testing.assert_close(mixing.sum(1), torch.ones(size, 11), atol=1e-6, rtol=0)
+    torch.testing.assert_close(mixing.sum((0, 1)), torch.full((11,), float(size)), atol=1e-5, rtol=0)
+
+
+def test_shift_of_all_logits_changes_nothing_and_large_logits_stay_finite() -> None:
+    logits = torch.randn(4, 4, 9)
+    torch.testing.assert_close(sinkhorn(logits + 200.0, 20), sinkhorn(logits, 20), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_gradient_equals_autograd_of_the_reference(steps: int) -> None:
+    logits = (torch.randn(4, 4, 6, dtype=torch.float64) * 2).requires_grad_()
+    direction = torch.randn_like(logits)
+    (ours,) = torch.autograd.grad((sinkhorn(logits, steps) * direction).sum(), logits)
+    (expected,) = torch.autograd.grad((sinkhorn_ref(logits, steps) * direction).sum(), logits)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-9)
+
+
+def test_operator_registration() -> None:
+    torch.library.opcheck(torch.ops.engram.sinkhorn.default, (torch.randn(4, 4, 5, requires_grad=True), 3))
+
+
+def test_compiled_graph_holds_one_operation() -> None:
+    """Unrolled, 20 steps in every sublayer would make compilation slower than training."""
+    graphs = []
+
+    def backend(graph, inputs):  # type: ignore[no-untyped-def]
+        graphs.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda x: sinkhorn(x, 20) * 2, backend=backend, fullgraph=True)
+    logits = torch.randn(4, 4, 5)
+    torch.testing.assert_close(function(logits), sinkhorn_ref(logits, 20) * 2)
+    calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert len(calls) == 2, calls

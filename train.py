@@ -1,0 +1,49 @@
+"""Train a model: python train.py CONFIG [a.b=c ...]"""
+
+import argparse
+import sys
+
+from engram.config import UserError, load_config
+
+EPILOG = """\
+examples:
+  python train.py configs/quickstart.yaml
+  python train.py configs/quickstart.yaml train.steps=50 optim.lr=0.002 run_dir=runs/short
+  python train.py configs/quickstart.yaml model.memory=null run_dir=runs/without_memory
+
+A second call on the same run_dir goes on from its latest checkpoint; Ctrl-C saves one first.
+
+exit status:
+  0    done, or stopped at train.stop_after
+  2    the config or an input cannot be used (the message says which, and what to change)
+  3    diverged: non-finite loss or gradients; run_dir/postmortem_... holds the step
+  130  interrupted by SIGINT or SIGTERM, after saving
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Train the model that CONFIG describes, in the folder run_dir.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; every setting stands in engram/config.py")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those of CONFIG")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        # Imported late: what is wrong with a config is said before torch has been loaded.
+        from engram.training.trainer import Trainer
+
+        return Trainer(config).fit()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted at once: nothing was saved since the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
