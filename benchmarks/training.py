@@ -3,8 +3,8 @@
     python -m benchmarks.training [--steps 12] [--threads 2] [--without-peers]
 
 Every contender sees the same fresh batches. Peers and our plain model update with torch's fused AdamW on float32
-masters; ours with hyper-connections and with Engram train as configs/tiny_moe.yaml and configs/tiny_engram.yaml do. Medians and
-ratios are what to read: absolute times follow the machine's mood.
+masters; ours with hyper-connections and with Engram train as configs/tiny_moe.yaml and configs/tiny_engram.yaml do.
+Medians and ratios are what to read: absolute times follow the machine's mood.
 """
 
 import argparse
@@ -77,7 +77,9 @@ def _ours(model: ModelConfig, device: str) -> Transformer:
     return ours
 
 
-def measure(contenders: dict[str, Step], config: Config, steps: int, warmup: int, device: str) -> dict[str, list[float]]:
+def measure(
+    contenders: dict[str, Step], config: Config, steps: int, warmup: int, device: str
+) -> dict[str, list[float]]:
     """Seconds of each contender's steps. All take their n-th step before any takes the next one."""
     generator = torch.Generator().manual_seed(0)
     shape = (config.train.batch_size, config.data.sequence_length)
@@ -133,9 +135,7 @@ def main() -> None:
     report(seconds, medians, moe.tokens_per_step, describe_machine(device))
 
 
-def report(
-    seconds: dict[str, list[float]], medians: dict[str, float], tokens: int, machine: dict[str, object]
-) -> None:
+def report(seconds: dict[str, list[float]], medians: dict[str, float], tokens: int, machine: dict[str, object]) -> None:
     peers = [name for name in medians if name.startswith("transformers")]
     best_peer = min(peers, key=medians.__getitem__) if peers else None
     rows, table = [], Table(title=f"training, {machine['machine']}, {machine['threads']} threads")

@@ -29,7 +29,7 @@ def write_report(
     Default place: `RUN_DIR/report.html`, or `comparison.html` beside the first of several. Figures stand beside the
     page in `<page>_figures`. Raises UserError.
     """
-    names = _short_names([Path(folder) for folder in folders])
+    names = run_names([Path(folder) for folder in folders])
     runs = [read_run(folder, name, **options) for folder, name in zip(folders, names, strict=True)]
     first = Path(folders[0])
     default = first / "report.html" if len(runs) == 1 else first.resolve().parent / "comparison.html"
@@ -107,7 +107,9 @@ def _losses(page: Page, runs: Sequence[Run]) -> None:
     )
     measured = next(run for run in runs if run.result)
     assert measured.result is not None
-    caption = f"{measured.result.targets:,} targets, {measured.result.bytes:,} bytes of text."
+    caption = (
+        f"{measured.result.targets:,} targets, {measured.result.bytes:,} bytes of text; models computed in float32."
+    )
     if len(runs) > 1:
         caption += " The last column compares with the best model."
     page.table(header, rows, caption, strong)
@@ -198,7 +200,8 @@ def _headline(run: Run) -> Iterator[tuple[str, str]]:
         yield f"{run.result.loss:.3f}", "validation loss, nats per token"
         yield f"{run.result.bits_per_byte:.3f}", "bits per byte"
     if run.result and run.baselines:
-        yield f"{run.baselines.bigram - run.result.loss:+.3f}", "nats better than a Kneser-Ney bigram"
+        gain = run.baselines.bigram - run.result.loss
+        yield f"{abs(gain):.3f}", f"nats {'better' if gain > 0 else 'worse'} than a Kneser-Ney bigram"
     yield short(counts.total + counts.vocabulary), f"parameters, {short(counts.memory)} of them in n-gram tables"
     yield short(run.metrics[-1]["tokens"]), "tokens of training"
 
@@ -249,7 +252,7 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _short_names(folders: Sequence[Path]) -> list[str]:
+def run_names(folders: Sequence[Path]) -> list[str]:
     """The folders' own names, or as much of their paths as tells them apart."""
     resolved = [folder.resolve() for folder in folders]
     for depth in range(1, 8):

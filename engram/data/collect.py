@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engram.config import SourceConfig
 from engram.data.corpora import Source, open_sources
@@ -85,7 +86,7 @@ class Collection:
         """No more sources: order and split. Raises DataError where a split stays empty."""
         self._file.close()
         keys = np.array(self._keys)
-        self.order = np.argsort(keys, kind="stable")
+        self.order: NDArray[np.int64] = np.argsort(keys, kind="stable")
         self.num_validation = int((keys < self._validation_fraction).sum())
         self.num_train = len(keys) - self.num_validation
         for split, count in (("validation", self.num_validation), ("train", self.num_train)):
@@ -105,23 +106,27 @@ class Collection:
         self._sources.append(len(self.records))
 
     @property
-    def train(self) -> np.ndarray:
+    def train(self) -> NDArray[np.int64]:
         """Numbers of the training documents, in order."""
         return self.order[self.num_validation :]
 
     @property
-    def validation(self) -> np.ndarray:
+    def validation(self) -> NDArray[np.int64]:
         return self.order[: self.num_validation]
 
-    def texts(self, numbers: np.ndarray) -> Iterator[str]:
+    def texts(self, numbers: NDArray[np.int64]) -> Iterator[str]:
         """Texts of documents by number."""
         with self._path.open("rb") as file:
             for number in numbers:
                 file.seek(self._offsets[number])
-                yield file.read(self._offsets[number + 1] - self._offsets[number]).decode()
+                yield file.read(self.size(number)).decode()
 
-    def characters(self, numbers: np.ndarray) -> int:
+    def characters(self, numbers: NDArray[np.int64]) -> int:
         return int(np.array(self._characters)[numbers].sum())
+
+    def size(self, number: int) -> int:
+        """Bytes of the document."""
+        return self._offsets[number + 1] - self._offsets[number]
 
     def digest(self, number: int) -> bytes:
         return self._digests[number]

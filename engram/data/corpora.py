@@ -90,9 +90,15 @@ def read_python_files(root: Path) -> Iterator[Document]:
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     for file in sorted(root.rglob("*.py")):
         if skipped.isdisjoint(file.relative_to(root).parts):
-            # Python's own rule for the encoding of a source file.
-            with tokenize.open(file) as lines:
-                yield Document(lines.read(), {"origin": str(file)})
+            try:
+                # Python's own rule for the encoding of a source file.
+                with tokenize.open(file) as lines:
+                    text = lines.read()
+            except (SyntaxError, UnicodeDecodeError) as error:
+                raise DataError(
+                    f"{file}: cannot be decoded ({error}): leave python_stdlib out of data.sources"
+                ) from None
+            yield Document(text, {"origin": str(file)})
 
 
 SOTU = Corpus(

@@ -19,6 +19,10 @@ _VOID = re.compile("area|base|br|col|embed|hr|img|input|link|meta|source|track|w
 _SKIPPED = re.compile("head|script|style|noscript|nav|header|footer|aside|button|svg")
 _PARAGRAPH = re.compile("p|div|section|article|h[1-6]|ul|ol|dl|table|pre|blockquote|figure")
 _LINE = re.compile("br|li|dt|dd|tr|caption")
+# Marks of where lines and paragraphs begin and end; a run of them is one break, with the collapsed spaces around it,
+# but not with the indentation that follows inside of <pre>.
+_NEW_LINE, _NEW_PARAGRAPH = "\1", "\2"
+_BREAKS = re.compile("(?: ?[\1\2])+(?: (?! ))?")
 
 
 class _HtmlText(HTMLParser):
@@ -43,22 +47,25 @@ class _HtmlText(HTMLParser):
         self._open.append((tag, counts, verbatim or tag == "pre"))
 
     def handle_endtag(self, tag: str) -> None:
-        if not _VOID.fullmatch(tag) and any(tag == name for name, _, _ in self._open):
+        if _VOID.fullmatch(tag):
+            return
+        if any(tag == name for name, _, _ in self._open):
             while self._open.pop()[0] != tag:
                 pass
-        self._break(tag)
+        if tag not in ("td", "th"):
+            self._break(tag)
 
     def handle_data(self, data: str) -> None:
         _, counts, verbatim = self._open[-1]
         if counts:
-            self.parts.append(data if verbatim else re.sub(r"\s+", " ", data))
+            self.parts.append(data if verbatim else re.sub(r"[ \t\n\r\f]+", " ", data))
 
     def _break(self, tag: str) -> None:
         if self._open[-1][1]:
             if _PARAGRAPH.fullmatch(tag):
-                self.parts.append("\n\n")
+                self.parts.append(_NEW_PARAGRAPH)
             elif _LINE.fullmatch(tag):
-                self.parts.append("\n")
+                self.parts.append(_NEW_LINE)
             elif tag in ("td", "th"):
                 self.parts.append(" ")
 
@@ -68,9 +75,7 @@ def html_to_text(html: str, root_id: str | None = None, skipped: frozenset[str] 
     parser = _HtmlText(root_id, skipped)
     parser.feed(html)
     parser.close()
-    text = "".join(parser.parts)
-    # Collapsed white space leaves a space at the start of most lines; indentation inside <pre> is more than one.
-    return tidy(re.sub(r"(?m)^ (?! )", "", text))
+    return tidy(_BREAKS.sub(lambda found: "\n\n" if _NEW_PARAGRAPH in found[0] else "\n", "".join(parser.parts)))
 
 
 # ---------------------------------------------------------------------------------------------------- reStructuredText
@@ -83,15 +88,14 @@ _RST_LAYOUT = re.compile(
 )
 _RST_EXPLICIT = re.compile(r"( *)\.\.(?: +(.*))?$")
 _RST_RULE = re.compile(r"\s*([=\-~^\"'*+#.`:_])\1{3,}\s*")
-_RST_INLINE = (
-    # :role:`text <target>` and `text <target>`_ show the text; :role:`target` shows the target.
-    (re.compile(r"(?::[\w+.:-]+:)?`([^`<>]+?)\s*<[^`>]+>`_{0,2}"), r"\1"),
-    (re.compile(r":(?:rfc|RFC):`(\d+)`"), r"RFC \1"),
-    (re.compile(r":(?:pep|PEP):`(\d+)`"), r"PEP \1"),
-    (re.compile(r":[\w+.:-]+:`[!~]?([^`]+)`"), r"\1"),
-    (re.compile(r"``([^`]+)``"), r"\1"),
-    (re.compile(r"`([^`]+)`_{1,2}"), r"\1"),
-    (re.compile(r"(?<![\w*/])\*\*?(\S|\S[^*\n]*\S)\*\*?(?![\w*/])"), r"\1"),
+# Literals come first: what looks like a mark inside of them is none.
+_RST_INLINE = re.compile(
+    r"""
+    ``(?P<literal>[^`]+)``
+    | (?: :(?P<role>[\w+.:-]+): )? `[!~]?(?P<text>[^`<>]{1,200}?) (?: \s* <[^`>]+> )? `_{0,2}
+    | (?<![\w*/]) (?P<stars>\*\*?) (?P<strong>\S|\S[^*\n]*\S) (?P=stars) (?![\w*/])
+    """,
+    re.VERBOSE,
 )
 
 
@@ -114,11 +118,15 @@ def rst_to_text(source: str) -> str:
             kept.append(re.sub(r"\.\. +([\w:+.-]+):: ?", lambda found: f"{found[1]}: ", line).rstrip())
         elif not _RST_RULE.fullmatch(line):
             kept.append(line)
-    text = "\n".join(kept)
-    for pattern, replacement in _RST_INLINE:
-        text = pattern.sub(replacement, text)
+    text = _RST_INLINE.sub(_rst_inline, "\n".join(kept))
     # `example::` announces a literal block.
     return tidy(re.sub(r"(?m)(?<=\S)::$", ":", text))
+
+
+def _rst_inline(found: re.Match[str]) -> str:
+    if found["role"] in ("rfc", "pep"):
+        return f"{found['role'].upper()} {found['text']}"
+    return found["literal"] or found["text"] or found["strong"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- POD

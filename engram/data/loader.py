@@ -31,7 +31,7 @@ class Loader:
 
     The ranks' parts, one below the other, are the same global batch for any world size. `prefetch` batches are made
     ahead by a thread; 0 makes them in line. Raises DataError where `batch_size` cannot be shared out, or where the
-    split holds less than one sequence.
+    split holds less than one sequence. `batches_per_epoch` need not be whole: batches span the borders of epochs.
     """
 
     def __init__(

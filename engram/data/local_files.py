@@ -77,7 +77,7 @@ def _read_jsonl(file: Path, text_key: str) -> Iterator[Document]:
                 )
             if not isinstance(record[text_key], str):
                 kind = type(record[text_key]).__name__
-                raise DataError(f"{place}: {text_key!r} is a {kind}, not text: set text_key of the source")
+                raise DataError(f"{place}: {text_key!r} is of type {kind}, not text: set text_key of the source")
             yield Document(record[text_key], {"origin": place})
 
 

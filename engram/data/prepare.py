@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engram.config import Config
 from engram.data.collect import Collection, collect
@@ -69,21 +70,7 @@ def _build(config: Config, settings: dict[str, Any], work: Path, progress: Progr
     collection = collect(data.sources, cache, spool, data.split_seed, data.validation_fraction, progress)
     tokenizer = _tokenizer(config, collection, progress)
     file = tokenizer.save(folder)
-    tokens = np.zeros(len(collection.records), np.int64)
-    splits: dict[Split, SplitRecord] = {}
-    with progress.bar("encoding", sum(record.bytes for record in collection.records)) as advance:
-        parts: tuple[tuple[Split, np.ndarray], ...] = (
-            ("train", collection.train),
-            ("validation", collection.validation),
-        )
-        for split, numbers in parts:
-            dtype = token_dtype(tokenizer.vocab_size)
-            writer = ShardWriter(folder, split, dtype, tokenizer.eos_id, data.shard_tokens)
-            for batch, texts in _batches(collection, numbers):
-                for number, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
-                    tokens[collection.source(number)] += writer.add(ids, collection.digest(number))
-                advance(sum(len(text.encode()) for text in texts))
-            splits[split] = writer.close()
+    splits, tokens = _write_shards(collection, tokenizer, folder, data.shard_tokens, progress)
     result = Manifest(
         settings=settings,
         tokenizer=TokenizerRecord(
@@ -107,6 +94,25 @@ def _build(config: Config, settings: dict[str, Any], work: Path, progress: Progr
     return result
 
 
+def _write_shards(
+    collection: Collection, tokenizer: Tokenizer, folder: Path, shard_tokens: int, progress: Progress
+) -> tuple[dict[Split, SplitRecord], NDArray[np.int64]]:
+    """Encode all documents; also returns the number of tokens of each source."""
+    tokens = np.zeros(len(collection.records), np.int64)
+    numbers: dict[Split, NDArray[np.int64]] = {"train": collection.train, "validation": collection.validation}
+    splits: dict[Split, SplitRecord] = {}
+    with progress.bar("encoding", sum(record.bytes for record in collection.records)) as advance:
+        for split in numbers:
+            dtype = token_dtype(tokenizer.vocab_size)
+            writer = ShardWriter(folder, split, dtype, tokenizer.eos_id, shard_tokens)
+            for batch, texts in _batches(collection, numbers[split]):
+                for number, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+                    tokens[collection.source(number)] += writer.add(ids, collection.digest(number))
+                    advance(collection.size(number))
+            splits[split] = writer.close()
+    return splits, tokens
+
+
 def _tokenizer(config: Config, collection: Collection, progress: Progress) -> Tokenizer:
     """Load the configured tokenizer, or train one on the training documents: validation text stays unseen."""
     choice, vocab_size = config.data.tokenizer, config.model.vocab_size
@@ -125,7 +131,7 @@ def _tokenizer(config: Config, collection: Collection, progress: Progress) -> To
         return train_tokenizer(shown(), vocab_size, choice.character_coverage)
 
 
-def _batches(collection: Collection, numbers: np.ndarray) -> Iterator[tuple[list[int], list[str]]]:
+def _batches(collection: Collection, numbers: NDArray[np.int64]) -> Iterator[tuple[list[int], list[str]]]:
     batch: list[int] = []
     texts: list[str] = []
     characters = 0

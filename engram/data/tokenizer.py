@@ -79,19 +79,11 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         parts = [list(self._parts(text)) for text in texts]
-        encoded = iter(self._processor.encode(list(itertools.chain.from_iterable(parts)), num_threads=-1))
-        if not self._space_bytes:
-            return [list(itertools.chain.from_iterable(itertools.islice(encoded, len(some)))) for some in parts]
-        # The literal space sign has a part of its own: SentencePiece would decode it to a space.
-        return [
-            list(
-                itertools.chain.from_iterable(
-                    self._space_bytes if part == SPACE else ids
-                    for part, ids in zip(some, itertools.islice(encoded, len(some)), strict=True)
-                )
-            )
-            for some in parts
-        ]
+        flat = list(itertools.chain.from_iterable(parts))
+        encoded = self._processor.encode(flat, num_threads=-1)
+        # A literal space sign is a part of its own: SentencePiece would decode it to a space, its bytes stay it.
+        ids = ((part == SPACE and self._space_bytes) or own for part, own in zip(flat, encoded, strict=True))
+        return [list(itertools.chain.from_iterable(itertools.islice(ids, len(some)))) for some in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))

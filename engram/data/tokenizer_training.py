@@ -41,6 +41,8 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int, character_coverag
             f"model.vocab_size is {vocab_size}, but {_SMALLEST} ids go to the 256 bytes and three special tokens: "
             "raise it"
         )
+    # Read before the training starts: the trainer would turn an interrupt or an error of the iterator into its own.
+    sentences = list(sentences)
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(

@@ -1,4 +1,4 @@
-"""Text from a model: one token at a time, each from the distribution that a forward pass over all before it gives.
+"""Text from a model: one token at a time, each drawn from the distribution after all tokens before it.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engram.config import UserError
+from engram.inference.cache import Decoder
 from engram.model.transformer import Transformer
 
 
@@ -32,13 +33,14 @@ def generate(
     """
     device = model.head.weight.device
     rows_BT = torch.as_tensor(tokens, dtype=torch.int64, device=device)
-    _check(model, rows_BT, temperature, top_k, top_p)
+    _check(model, rows_BT, max_new_tokens, temperature, top_k, top_p)
     was_training = model.training
     model.eval()
     uniform_BN = torch.stack([_uniform(max_new_tokens, seed, row) for row in range(len(rows_BT))]).to(device)
     ended_B = torch.zeros(len(rows_BT), dtype=torch.bool, device=device)
+    decoder = Decoder(model, len(rows_BT), rows_BT.shape[1] + max_new_tokens)
     for uniform_B in uniform_BN.unbind(1):
-        logits_BV = model.head(model.hidden(rows_BT)[:, -1]).float()
+        logits_BV = decoder.feed(rows_BT[:, decoder.length :])
         next_B = choose(logits_BV, uniform_B, temperature, top_k, top_p)
         if eos_id is not None:
             next_B = next_B.masked_fill(ended_B, eos_id)
@@ -77,15 +79,25 @@ def _uniform(count: int, seed: int, row: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed + row), dtype=torch.float64)
 
 
-def _check(model: Transformer, tokens_BT: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(
+    model: Transformer,
+    tokens_BT: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
     vocab_size = model.config.vocab_size
     if tokens_BT.ndim != 2 or not tokens_BT.numel():
         raise UserError("the prompt is empty: give at least one token")
-    if not 0 <= int(tokens_BT.min()) <= int(tokens_BT.max()) < vocab_size:
+    outside = tokens_BT[(tokens_BT < 0) | (tokens_BT >= vocab_size)]
+    if outside.numel():
         raise UserError(
-            f"the prompt holds token {int(tokens_BT.max())}, but the model's ids are 0 to {vocab_size - 1}: "
+            f"the prompt holds token {int(outside[0])}, but the model's ids are 0 to {vocab_size - 1}: "
             "use the tokenizer that the model was trained with"
         )
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, but must be 0 or more")
     if temperature < 0:
         raise UserError(f"temperature is {temperature}, but must be 0 (the likeliest token) or more")
     if top_k is not None and not 1 <= top_k <= vocab_size:

@@ -29,6 +29,8 @@ class Engram(nn.Module):
         # Rows of the matrix: keys of stream 0 to hc_mult-1, then the value.
         self.wkv = nn.Linear(config.d_mem, (hc_mult + 1) * hidden_size, bias=config.projection_bias)
         nn.init.normal_(self.wkv.weight, std=config.d_mem**-0.5)
+        if config.projection_bias:
+            nn.init.zeros_(self.wkv.bias)
         self.q_weight = nn.Parameter(gains(hc_mult, hidden_size))
         self.k_weight = nn.Parameter(gains(hc_mult, hidden_size))
         self.conv: ShortConv | None = None

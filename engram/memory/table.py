@@ -61,7 +61,5 @@ class _ReadRows(torch.autograd.Function):
         if not alive.all():
             ids, grad = ids[alive], grad[alive]
         # A view of its own lets autograd keep these values instead of copying them.
-        sparse = torch.sparse_coo_tensor(
-            ids[None], grad.view(-1, ctx.table_shape[1]), ctx.table_shape, check_invariants=False
-        )
+        sparse = torch.sparse_coo_tensor(ids[None], grad.view_as(grad), ctx.table_shape, check_invariants=False)
         return sparse, None, None, None

@@ -5,9 +5,9 @@ Legend: B batch, T tokens, D hidden, H heads, N / R query-key dimensions without
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from engram.config import AttentionConfig
+from engram.kernels.causal_attention import causal_attention
 from engram.model.linear import Linear
 from engram.model.norm import RMSNorm
 from engram.model.rope import apply_rope, softmax_scale
@@ -43,11 +43,8 @@ class Attention(nn.Module):
         k_rope = apply_rope(k_rope.unsqueeze(2), *rope).expand(-1, -1, c.num_heads, -1)
         q = torch.cat((q_nope, apply_rope(q_rope, *rope)), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
-        # CPU's fused attention refuses values narrower than queries: zeros fill them up.
-        narrow = c.qk_head_dim - c.v_head_dim if x_BTD.device.type == "cpu" else 0
-        v = F.pad(v_BTHV, (0, max(narrow, 0))).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
-        return self.o_proj(out[..., : c.v_head_dim].transpose(1, 2).flatten(2))
+        out = causal_attention(q, k, v_BTHV.transpose(1, 2), mask, self.scale)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:

@@ -2,8 +2,8 @@
 
     u = h_pre x,   y = sublayer(u),   x' = h_res x + h_post y
 
-h_res is doubly stochastic up to Sinkhorn's convergence, so the residual path neither grows nor shrinks; its rows sum to 1
-exactly, because they are what the mix sums over. Legend: B batch, T tokens, G streams, D hidden.
+h_res is doubly stochastic up to Sinkhorn's convergence, so the residual path neither grows nor shrinks; its rows sum to
+1 exactly, because they are what the mix sums over. Legend: B batch, T tokens, G streams, D hidden.
 """
 
 import math

@@ -28,7 +28,7 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(config.num_experts))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """weights float32 [T, K] (they sum to routed_scaling_factor), expert ids int64 [T, K], affinities float32 [T, E]."""
+        """Weights [T, K] summing to routed_scaling_factor, expert ids int64 [T, K], affinities [T, E]; float32."""
         # In float32, because near ties decide who is chosen.
         scores_TE = torch.sigmoid(x_TD.float() @ self.weight.t())
         choice_TE = scores_TE.detach() + self.bias

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engram.config import ModelConfig, NgramConfig
-from engram.kernels.linear_cross_entropy import linear_cross_entropy
+from engram.kernels.linear_cross_entropy import linear_cross_entropy, token_cross_entropy
 from engram.memory.engram import Engram
 from engram.memory.hashing import NgramHash
 from engram.memory.over_encoding import OverEncoding
@@ -80,16 +80,18 @@ def _connection(config: ModelConfig, index: int) -> nn.Module:
 class Transformer(nn.Module):
     """Parameters are float32; everything between embedding and logits runs in `compute_dtype`.
 
-    `vocabulary` maps token ids to the compressed ids whose n-grams are hashed; None is the identity. The map travels with
-    the weights, because another map addresses other rows.
+    `vocabulary` maps token ids to the compressed ids whose n-grams are hashed; None is the identity. The map travels
+    with the weights, because another map addresses other rows.
     """
 
     token_map: Tensor
+    rope_frequencies: Tensor
 
     def __init__(self, model: ModelConfig, vocabulary: VocabularyMap | None = None) -> None:
         super().__init__()
         self.config = model
-        self.vocabulary = vocabulary or VocabularyMap.identity(model.vocab_size)
+        self._identity = VocabularyMap.identity(model.vocab_size)
+        self.vocabulary = vocabulary or self._identity
         if len(self.vocabulary.table) != model.vocab_size:
             raise ValueError(
                 f"the vocabulary map covers {len(self.vocabulary.table)} token ids, but model.vocab_size is "
@@ -100,9 +102,7 @@ class Transformer(nn.Module):
 
         self.embed = nn.Embedding(model.vocab_size, model.hidden_size)
         self.over_encoding = (
-            OverEncoding(
-                model.over_encoding, hidden_size=model.hidden_size, vocabulary=self._keys(model.over_encoding)
-            )
+            OverEncoding(model.over_encoding, hidden_size=model.hidden_size, vocabulary=self._keys(model.over_encoding))
             if model.over_encoding
             else None
         )
@@ -139,17 +139,19 @@ class Transformer(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Mean cross-entropy over targets that are not -100, in nats; in training mode plus the balance losses."""
-        losses = self.token_losses(tokens, targets, document_ids)
-        loss = losses.sum() / (targets != IGNORE).sum().clamp(min=1)
+        x_BTD = self.hidden(tokens, document_ids)
+        loss = linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, targets.flatten())
+        loss = loss / (targets != IGNORE).sum().clamp(min=1)
         for layer in self._moe_layers():
             if self.training and layer.balance_loss is not None:
                 loss = loss + layer.balance_loss
         return loss
 
+    @torch.no_grad()
     def token_losses(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Cross-entropy of each target, float32 [B, T]; 0 where the target is -100."""
+        """Cross-entropy of each target, float32 [B, T]; 0 where the target is -100. Without a gradient."""
         x_BTD = self.hidden(tokens, document_ids)
-        return linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, targets.flatten()).view_as(targets)
+        return token_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, targets.flatten()).view_as(targets)
 
     def hash_ids(self, tokens_BT: Tensor, document_ids: Tensor | None = None) -> dict[int, Tensor]:
         """Table rows int64 [B, T, H] that each memory layer reads: a pure function of the tokens."""
@@ -158,9 +160,9 @@ class Transformer(nn.Module):
         assert self.config.memory is not None
         return self.hasher(self._keys(self.config.memory).compress(tokens_BT), document_ids)
 
-    def _keys(self, config: NgramConfig) -> VocabularyMap:
+    def _keys(self, tables: NgramConfig) -> VocabularyMap:
         """The map whose ids are hashed."""
-        return self.vocabulary if config.compression else VocabularyMap.identity(self.config.vocab_size)
+        return self.vocabulary if tables.compression else self._identity
 
     @torch.no_grad()
     def update_router_bias(self) -> None:
@@ -174,8 +176,7 @@ class Transformer(nn.Module):
             table.dense_gradients = dense
 
     def tables(self) -> list[RowTable]:
-        tables = [block.memory.embed for block in self.blocks if block.memory is not None]
-        return tables + ([self.over_encoding.embed] if self.over_encoding is not None else [])
+        return [module for module in self.modules() if isinstance(module, RowTable)]
 
     def compile_blocks(self) -> None:
         """Compile each block; blocks of one structure share the compiled code."""
@@ -192,9 +193,7 @@ class Transformer(nn.Module):
             x_BTD = self.over_encoding(x_BTD, keys.compress(tokens_BT), document_ids)
         return x_BTD.to(self.compute_dtype)
 
-    def _positions(
-        self, tokens_BT: Tensor, document_ids: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    def _positions(self, tokens_BT: Tensor, document_ids: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         length = tokens_BT.shape[1]
         rope = rope_tables(self.rope_frequencies, length, table_scale(self.config.attention), self.compute_dtype)
         if document_ids is None or not self.config.attention.isolate_documents:

@@ -46,6 +46,9 @@ def save(figure: Figure, data: Mapping[str, Sequence[Any]], folder: str | Path, 
     folder.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, bytes] = {}
     with applied():
+        # One layout for all formats: it takes longer than the drawing.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         for extension, metadata in _METADATA.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=extension, metadata=metadata, transparent=extension == "svg")

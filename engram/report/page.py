@@ -10,7 +10,7 @@ from pathlib import Path
 from engram.report.figure import SavedFigure
 from engram.report.style import STYLE_SHEET
 
-_NUMBER = re.compile(r"[-+−±]?\d[\d,.  ]*(e[-+]?\d+)?\s*(%|[kMBTG]|[KMGT]?i?B|s|nat)?")
+_NUMBER = re.compile(r"[-+−±]?\d[\d,.]*(e[-+]?\d+)?\s*(%|[kMBTG]|[KMGT]?i?B|s|nat)?")
 
 
 class Page:

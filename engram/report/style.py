@@ -68,6 +68,7 @@ _SETTINGS: dict[str, Any] = {
     "grid.color": LINE[0],
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "lines.linewidth": 1.5,
     "figure.constrained_layout.use": True,
     "figure.dpi": 150,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from engram.config import Config
@@ -49,8 +48,8 @@ class Checkpoint:
 
     def vocabulary(self) -> VocabularyMap:
         """The map from token ids to the compressed ids whose n-grams were hashed."""
-        with safe_open(self.folder / "model.safetensors", "numpy") as file:
-            return VocabularyMap(file.get_tensor("token_map"))
+        tensors = read_tensors(self.folder / "model.safetensors", "token_map")
+        return VocabularyMap(tensors["token_map"].numpy())
 
     def fill(self, model: Transformer) -> None:
         """Copy the weights into `model`. Raises CheckpointError: another hash recipe, names or shapes."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engram.config import Config, ConfigError, UserError, load_config, save_config
@@ -118,10 +118,11 @@ def verify(folder: Path) -> None:
             )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises CheckpointError."""
+def read_tensors(path: Path, *names: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, all or those of `names`. Raises CheckpointError."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in names or file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}): {_other_checkpoint(path.parent)}") from None
 
@@ -135,12 +136,13 @@ def read_config(folder: Path) -> Config:
 
 
 def _fill(building: Path, contents: Contents) -> None:
+    state = building / "state.json"
+    state.write_text(json.dumps(contents.state))
     for name, tensors in contents.tensors.items():
         path = building / f"{name}.safetensors"
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
-        # safetensors creates files that only their owner may read.
-        path.chmod(0o644)
-    (building / "state.json").write_text(json.dumps(contents.state))
+        # safetensors makes files that only their owner may read, whatever the umask.
+        path.chmod(state.stat().st_mode & 0o777)
     save_config(contents.config, building / "config.yaml")
     contents.tokenizer.save(building)
     checksums = {path.name: sha256(path) for path in sorted(building.iterdir())}

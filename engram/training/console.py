@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -75,7 +76,9 @@ class RunConsole:
 
     def _console_handler(self) -> logging.Handler:
         if self.terminal.is_terminal:
-            handler: logging.Handler = RichHandler(console=self.terminal, show_path=False, show_time=False)
+            handler: logging.Handler = RichHandler(
+                console=self.terminal, show_path=False, show_time=False, highlighter=NullHighlighter()
+            )
         else:
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter("%(message)s"))

@@ -15,6 +15,7 @@ the update. Keys, for layer 1 and stream 0:
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from engram.memory.engram import Engram
 from engram.memory.table import RowTable
 from engram.model.hyper_connection import HyperConnection
-from engram.model.moe import MoE
-from engram.model.transformer import Transformer
+from engram.model.moe import MoE, Router
+from engram.model.transformer import Block, Transformer
 from engram.training.evaluation import TokenBatch, to_device
 
 LOW, HIGH = 0.05, 0.95
@@ -93,35 +94,37 @@ def gradient_norm(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient.coalesce().values() if gradient.is_sparse else gradient)
 
 
-def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module | None]]:
     if model.over_encoding is not None:
         yield "over_encoding/", model.over_encoding.embed
     for layer, block in enumerate(model.blocks):
-        for part in (block.memory and block.memory.embed, block.memory, block.ffn):
-            if part is not None:
-                yield f"layer_{layer:02d}/", part
-        yield f"layer_{layer:02d}/attn_", block.attn_connection
-        yield f"layer_{layer:02d}/ffn_", block.ffn_connection
+        assert isinstance(block, Block)
+        prefix = f"layer_{layer:02d}/"
+        yield prefix, block.memory
+        yield prefix, None if block.memory is None else block.memory.embed
+        yield prefix, block.ffn.router if isinstance(block.ffn, MoE) else None
+        yield prefix + "attn_", block.attn_connection
+        yield prefix + "ffn_", block.ffn_connection
 
 
-def _watch(part: nn.Module, prefix: str, collected: dict[str, Tensor]) -> list[RemovableHandle]:
-    """A hook that sees the inputs of `part` and keeps its statistics; none on parts without any."""
+def _watch(part: nn.Module | None, prefix: str, collected: dict[str, Tensor]) -> list[RemovableHandle]:
+    """A hook that keeps the statistics of `part`'s next call; none on parts that have none."""
 
-    def statistics(*inputs: Tensor) -> dict[str, Tensor]:
+    def statistics(inputs: tuple[Tensor, ...], output: Any) -> dict[str, Tensor]:
         match part:
             case RowTable():
                 return table_statistics(inputs[0], part.weight)
             case Engram():
                 return gate_statistics(part.gates(*inputs))
-            case MoE():
-                _, expert_ids = part.router(inputs[0].flatten(0, 1))
-                return router_statistics(expert_ids, part.config.num_experts)
+            case Router():
+                return router_statistics(output[1], part.config.num_experts)
             case HyperConnection():
                 return {"mix_gain": mix_gain(part.coefficients(inputs[0])[2])}
         raise AssertionError(part)
 
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        collected.update({prefix + key: value for key, value in statistics(*inputs).items()})
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        collected.update({prefix + key: value for key, value in statistics(inputs, output).items()})
 
-    watched = isinstance(part, RowTable | Engram | MoE | HyperConnection)
-    return [part.register_forward_pre_hook(keep)] if watched else []
+    if isinstance(part, RowTable | Engram | Router | HyperConnection):
+        return [part.register_forward_hook(keep)]
+    return []

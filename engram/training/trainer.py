@@ -201,12 +201,13 @@ class Trainer:
 
     def _write_post_mortem(self, batch: Batch, line: dict[str, Any], what: str) -> None:
         """Save what the diverged step started from: weights and moments before it, its batch, its metrics."""
-        state = self.state
-        folder = self.folder.path / f"postmortem_{line['step']:06d}"
-        contents = state.contents(batch=batch._asdict())
+        state, folder = self.state, self.folder.path / f"postmortem_{line['step']:06d}"
+        logger.error("%s: diverged; %s holds weights, batch and the parameters concerned (state.json)", what, folder)
+        # JSON has no NaN.
         failure = {key: repr(value) if key in ("loss", "grad_norm") else value for key, value in line.items()}
         failure["nonfinite_gradients"] = nonfinite_gradients(state.model)
-        logger.error("%s: diverged; %s holds weights, batch and the parameters concerned (state.json)", what, folder)
+        discard_gradient(state.model, state.optimizer)
+        contents = state.contents(batch=batch._asdict())
         write_folder(folder, replace(contents, state={**contents.state, "failure": failure}))
 
     def _record_parameters(self) -> None:

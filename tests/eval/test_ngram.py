@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,8 +205,9 @@ def test_a_trigram_source_is_learned() -> None:
     assert 0.8 < found.trigram < 1.0
 
 
-def test_prepared_folder_and_cache(prepared_folder, tmp_path_factory) -> None:
-    folder = prepared_folder
+def test_prepared_folder_and_cache(prepared_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(prepared_folder, folder, ignore=shutil.ignore_patterns("ngram_*"))
     first = ngram.measure(folder, 16, 4 * 16)
     [cached] = folder.glob("ngram_*.json")
     assert json.loads(cached.read_text()) == first.__dict__
@@ -214,5 +217,13 @@ def test_prepared_folder_and_cache(prepared_folder, tmp_path_factory) -> None:
     # ... unless the question is another one.
     other = ngram.measure(folder, 16, None)
     assert other.targets > first.targets and len(list(folder.glob("ngram_*.json"))) == 2
-    for file in folder.glob("ngram_*.json"):
-        file.unlink()
+
+
+def test_a_read_only_folder_costs_no_error(prepared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError("read-only")
+
+    before = set(prepared_folder.iterdir())
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert ngram.measure(prepared_folder, 19, 190).targets > 0
+    assert set(prepared_folder.iterdir()) == before

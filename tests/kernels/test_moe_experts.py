@@ -22,15 +22,11 @@ def _check(tensors: dict, ids: torch.Tensor, tolerance: float) -> None:
     ours = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     reference = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
     actual = moe_experts(ours["x"], ids, ours["weights"], ours["gate_up"], ours["down"])
-    expected = moe_experts_ref(
-        reference["x"], ids, reference["weights"], reference["gate_up"], reference["down"]
-    )
+    expected = moe_experts_ref(reference["x"], ids, reference["weights"], reference["gate_up"], reference["down"])
     direction = torch.randn_like(actual)
     gradients = torch.autograd.grad(actual, [ours[name] for name in NAMES], direction)
     expected_gradients = torch.autograd.grad(expected, [reference[name] for name in NAMES], direction.double())
-    for name, got, want in zip(
-        ("output", *NAMES), (actual, *gradients), (expected, *expected_gradients), strict=True
-    ):
+    for name, got, want in zip(("output", *NAMES), (actual, *gradients), (expected, *expected_gradients), strict=True):
         assert got.dtype == (ours[name].dtype if name in ours else actual.dtype)
         error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1e-6)
         assert error < tolerance, f"{name}: relative error {error:.2e}"

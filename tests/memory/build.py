@@ -6,6 +6,7 @@ import torch
 
 from engram.config import MemoryConfig
 from engram.memory.engram import Engram
+from engram.memory.presets import preset
 from tests.reference import engram_loops as loops
 from tests.tolerances import assert_close
 
@@ -14,9 +15,9 @@ ROWS = 29
 
 # What the published variants and the ablations change, and the number of streams.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "v4_1": {"max_ngram_size": 4, "rows_per_head": (7, 7, 7), "conv": None, "norm_eps": 1e-20},
-    "ple": {"compression": False, "multipliers": "splitmix64", "look_back": "eos", "zero_centred_gains": True},
+    "paper": {**preset("paper"), "num_heads": 2},
+    "v4_1": {**preset("v4_1"), "num_heads": 2, "rows_per_head": (7, 7, 7)},
+    "ple": {**preset("ple"), "num_heads": 2},
     "demo": {"projection_bias": True, "conv": {"zero_init": False}},
     "plain_gate": {"gate": "plain"},
     "no_gate": {"gate": None},

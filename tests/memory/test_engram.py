@@ -156,7 +156,7 @@ def test_rows_of_a_batch_do_not_meet() -> None:
 
 
 def test_tokens_to_output_end_to_end() -> None:
-    """Hash, rows, gate and convolution in one go, of packed documents with a dead token, with nothing of ours inside."""
+    """Packed documents with a dead token: the expected output comes from the loops alone, hash included."""
     config = memory_config(num_heads=2, rows_per_head=(11, 5), seed=3, projection_bias=True)
     hasher = NgramHash(
         vocabulary_size=17,

@@ -172,7 +172,9 @@ def test_heads_of_one_order_share_the_mix() -> None:
     m = integers(hasher.multipliers[layer])
     bigram = (30 * m[0]) ^ (17 * m[1])
     mixes = [bigram, bigram ^ (5 * m[2]), bigram ^ (5 * m[2]) ^ (case["recipe"]["pad_id"] * m[3])]
-    expected = [mix % size for mix, order in zip(mixes, integers(hasher.vocab_sizes[layer]), strict=True) for size in order]
+    expected = [
+        mix % size for mix, order in zip(mixes, integers(hasher.vocab_sizes[layer]), strict=True) for size in order
+    ]
     assert hasher.hash(torch.tensor([ids]))[layer][0, -1].tolist() == expected
 
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from engram.memory.vocabulary import VocabularyMap
 from tests.reference import engram_loops as loops
-from tests.reference.deepseek import deepseek_tokens
+from tests.reference.deepseek_tokens import deepseek_tokens
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "deepseek_vocabulary.json").read_text())
 
-# Each character is one trap: composed and bare accents, marks that space or enclose, case that grows (U+0130) or depends
-# on its place (sigma), ligatures, widths, digits, Hangul and Kana that NFD takes apart, every kind of blank, controls
-# that Python but not Unicode counts as blank, and the two characters the recipe itself uses.
+# Each character is one trap: composed and bare accents, marks that space or enclose, case that grows (U+0130) or
+# depends on its place (sigma), ligatures, widths, digits, Hangul and Kana that NFD takes apart, every kind of blank,
+# controls that Python but not Unicode counts as blank, and the two characters the recipe itself uses.
 TRAPS = (
     "aAzZ0éÉñÅåüÜçßẞ\u0301\u0308\u0327\u0903\u20dd\u0130ıΣσςΆΩ\u2126\u212aﬁﬀ²½ªＡａ１①한각ガｶﾞあЁйאبﷺ漢"
     " \t\r\n\v\f\x1c\x1d\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u200b\u200d\ufeff\x00🙂"

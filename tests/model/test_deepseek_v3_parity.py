@@ -7,7 +7,7 @@ from engram.config import ModelConfig
 from engram.model.transformer import Transformer
 
 pytest.importorskip("transformers", reason="parity with transformers needs the `bench` extra")
-from tests.reference.deepseek_v3 import _public_tensors, public_model  # noqa: E402
+from tests.reference.deepseek_v3 import _public_tensors, public_model
 
 SHAPES = {
     "odd_sizes": dict(

@@ -25,7 +25,9 @@ def test_rotation_equals_complex_multiplication() -> None:
     for t in range(5):
         for pair in range(3):
             angle = t * 10_000.0 ** (-2 * pair / 6)
-            z = torch.complex(x[:, t, :, 2 * pair], x[:, t, :, 2 * pair + 1]) * complex(math.cos(angle), math.sin(angle))
+            z = torch.complex(x[:, t, :, 2 * pair], x[:, t, :, 2 * pair + 1]) * complex(
+                math.cos(angle), math.sin(angle)
+            )
             torch.testing.assert_close(actual[:, t, :, 2 * pair], z.real, atol=1e-6, rtol=1e-6)
             torch.testing.assert_close(actual[:, t, :, 2 * pair + 1], z.imag, atol=1e-6, rtol=1e-6)
 

@@ -101,16 +101,14 @@ def splitmix64_multipliers(ordinal: int, max_ngram_size: int, vocabulary_size: i
 def look_back(
     ids: Sequence[int], position: int, size: int, pad: int, rule: str, documents: Sequence[int] | None = None
 ) -> list[int]:
-    """The n-gram that ends at `position`, newest first; from the first place that look-back may not enter, pads only."""
+    """The n-gram that ends at `position`, newest first; nothing but pads from the first place it may not enter."""
     gram = [ids[position]]
     stopped = False
     for source in range(position - 1, position - size, -1):
-        if source < 0 or ids[source] < 0:
-            stopped = True
-        elif rule == "segment" and documents is not None and documents[source] != documents[position]:
-            stopped = True
-        elif rule == "eos" and ids[source] == pad:
-            stopped = True
+        outside = source < 0 or ids[source] < 0
+        foreign = rule == "segment" and documents is not None and documents[source] != documents[position]
+        ended = rule == "eos" and ids[source] == pad
+        stopped = stopped or outside or foreign or ended
         gram.append(pad if stopped else ids[source])
     return gram
 
@@ -129,7 +127,8 @@ def hash_ids(
         heads = []
         for order, sizes in enumerate(primes, start=2):
             mixed = 0
-            for token, multiplier in zip(look_back(ids, position, order, pad, rule, documents), multipliers, strict=False):
+            gram = look_back(ids, position, order, pad, rule, documents)
+            for token, multiplier in zip(gram, multipliers[:order], strict=True):
                 mixed ^= token * multiplier
             heads += [-1 if ids[position] < 0 else mixed % size for size in sizes]
         result.append(heads)
@@ -245,3 +244,14 @@ def engram(
         outputs.append(values_row)
         gates.append(gates_row)
     return outputs, gates
+
+
+def over_encoding(embedded: Vector, ids: Sequence[int], table: Any, weight: Any, num_orders: int) -> Vector:
+    """Mean of the token's embedding and one projected vector for each n-gram order; `ids` of one token."""
+    width = table.shape[1]
+    heads = len(ids) // num_orders
+    total = embedded
+    for order in range(num_orders):
+        columns = weight[:, order * heads * width : (order + 1) * heads * width]
+        total = total + project(columns, None, table, ids[order * heads : (order + 1) * heads])
+    return total / (num_orders + 1)

@@ -1,4 +1,7 @@
-"""Write the golden files from the loops: `python -m tests.reference.write_golden`. A changed file means that addresses changed."""
+"""Write the golden files from the loops: `python -m tests.reference.write_golden`.
+
+A golden file that changes means that addresses changed, and with them what every trained table means.
+"""
 
 import hashlib
 import json
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.reference import engram_loops as loops
-from tests.reference.deepseek import deepseek_tokens
+from tests.reference.deepseek_tokens import deepseek_tokens
 
 FOLDER = Path(__file__).parent.parent / "golden"
 

@@ -2,7 +2,7 @@
 
 Tokens are laid out in slots, expert after expert; every expert's share is padded to a multiple of BLOCK slots, so that
 changing loads meet few distinct matrix shapes (CPU libraries prepare each new shape anew). Padding slots hold zeros.
-Gathers go both ways (a token knows its K slots, a slot knows its token): nothing is scattered, so results repeat exactly.
+Gathers go both ways (a token knows its K slots, a slot knows its token): nothing is scattered, so results repeat.
 
 Legend: T tokens, D hidden, E experts, F expert width, K experts per token, S slots.
 """

@@ -1,5 +1,7 @@
 """Sinkhorn-Knopp: a positive matrix made doubly stochastic, as one operation that compiled graphs do not unroll."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,12 +35,12 @@ def _(logits: Tensor, grad: Tensor, steps: int) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
     logits, ctx.steps = inputs
     ctx.save_for_backward(logits)
 
 
-def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (logits,) = ctx.saved_tensors
     return _backward(logits, grad, ctx.steps), None
 

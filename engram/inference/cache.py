@@ -1,0 +1,140 @@
+"""What a model must remember of the tokens so far: MLA latents, the n-grams' last tokens, the convolution's window.
+
+Per token and layer one latent and one rotated key, whatever the number of heads (DeepSeek-V2, section 2.1). Feeding
+tokens one at a time, or in parts of any size, gives the same logits as one forward pass up to rounding.
+
+Legend: B batch, T new tokens, S tokens so far with the new ones, D hidden, G streams, H heads, N / R query-key
+dimensions without / with rotation, L latent, E = L + R, V value dimension.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engram.memory.engram import Engram
+from engram.model.attention import Attention
+from engram.model.hyper_connection import expand
+from engram.model.rope import apply_rope, rope_tables, table_scale
+from engram.model.transformer import Block, Transformer
+
+
+class LatentCache:
+    """Latents and rotated keys of one attention layer, [B, max_length, L + R]."""
+
+    def __init__(self, attention: Attention, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        config = attention.config
+        self._attention = attention
+        self._entries_BSE = torch.zeros(
+            *shape, config.kv_lora_rank + config.qk_rope_head_dim, device=device, dtype=dtype
+        )
+
+    def attend(self, x_BTD: Tensor, start: int, rope: tuple[Tensor, Tensor], mask_TS: Tensor | None) -> Tensor:
+        """Attention of the tokens at `start`, ... over all before them; their own entries are stored on the way.
+
+        The projection from latents to keys is applied to the queries instead, and the one to values to the weighted sum
+        of latents: no key or value of an earlier token is ever computed again.
+        """
+        attention, config = self._attention, self._attention.config
+        end = start + x_BTD.shape[1]
+        latent, k_rope = attention.kv_a_proj(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        k_rope = apply_rope(k_rope.unsqueeze(2), *rope).squeeze(2)
+        self._entries_BSE[:, start:end] = torch.cat((attention.kv_a_norm(latent), k_rope), dim=-1)
+
+        heads, nope = config.num_heads, config.qk_nope_head_dim
+        q_BTHx = attention._queries(x_BTD).unflatten(-1, (heads, config.qk_head_dim))
+        q_nope, q_rope = q_BTHx.split((nope, config.qk_rope_head_dim), dim=-1)
+        up_HxL = attention.kv_b_proj.weight.to(x_BTD.dtype).unflatten(0, (heads, -1))
+        q_latent = torch.einsum("bthn,hnl->bthl", q_nope, up_HxL[:, :nope])
+        q_BHTE = torch.cat((q_latent, apply_rope(q_rope, *rope)), dim=-1).transpose(1, 2)
+        entries_BHSE = self._entries_BSE[:, None, :end].expand(-1, heads, -1, -1)
+        sum_BHTE = F.scaled_dot_product_attention(
+            q_BHTE, entries_BHSE, entries_BHSE, attn_mask=mask_TS, scale=attention.scale
+        )
+        out = torch.einsum("bhtl,hvl->bthv", sum_BHTE[..., : config.kv_lora_rank], up_HxL[:, nope:])
+        return attention.o_proj(out.flatten(2))
+
+
+class MemoryWindow:
+    """Inputs of one memory layer as far back as its convolution reaches."""
+
+    def __init__(self, memory: Engram) -> None:
+        self._memory = memory
+        self._reach = 0 if memory.conv is None else (memory.conv.weight.shape[-1] - 1) * memory.conv.dilation
+        self._past: tuple[Tensor, Tensor] | None = None
+
+    def remember(self, x_BTGD: Tensor, hash_ids_BTH: Tensor) -> Tensor:
+        """The memory's output for the new tokens [B, T, G, D]."""
+        new = x_BTGD.shape[1]
+        if self._past is not None:
+            x_BTGD = torch.cat((self._past[0], x_BTGD), dim=1)
+            hash_ids_BTH = torch.cat((self._past[1], hash_ids_BTH), dim=1)
+        if self._reach:
+            self._past = x_BTGD[:, -self._reach :], hash_ids_BTH[:, -self._reach :]
+        return self._memory(x_BTGD, hash_ids_BTH)[:, -new:]
+
+
+class Decoder:
+    """Feeds a model its tokens in parts; holds room for `max_length` tokens of each of `batch_size` rows."""
+
+    def __init__(self, model: Transformer, batch_size: int, max_length: int) -> None:
+        config = model.config
+        device, shape = model.head.weight.device, (batch_size, max_length)
+        self._model = model
+        self._max_length = max_length
+        self._blocks = cast(list[Block], list(model.blocks))
+        self._latents = [LatentCache(block.attn, shape, device, model.compute_dtype) for block in self._blocks]
+        self._windows = [None if block.memory is None else MemoryWindow(block.memory) for block in self._blocks]
+        tables = (config.memory, config.over_encoding)
+        self._look_back = max((table.max_ngram_size - 1 for table in tables if table is not None), default=0)
+        self._tokens_BS = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+
+    @property
+    def length(self) -> int:
+        """Tokens fed so far."""
+        return self._tokens_BS.shape[1]
+
+    def feed(self, tokens_BT: Tensor) -> Tensor:
+        """Logits after the last of the new tokens, float32 [B, vocabulary]."""
+        model, start, new = self._model, self.length, tokens_BT.shape[1]
+        end = start + new
+        assert end <= self._max_length, f"{end} tokens do not fit into a cache of {self._max_length}"
+        self._tokens_BS = torch.cat((self._tokens_BS, tokens_BT), dim=1)
+        # The tokens that the new ones' n-grams look back on.
+        recent = self._tokens_BS[:, max(start - self._look_back, 0) :]
+        hash_ids = {layer: ids[:, -new:] for layer, ids in model.hash_ids(recent).items()}
+        scale = table_scale(model.config.attention)
+        cos, sin = rope_tables(model.get_buffer("rope_frequencies"), end, scale, model.compute_dtype)
+        rope = cos[start:], sin[start:]
+        mask_TS = None
+        if new > 1:
+            mask_TS = torch.ones(new, end, dtype=torch.bool, device=tokens_BT.device).tril(diagonal=start)
+
+        x_BTGD = expand(model._embed(recent, None)[:, -new:], model.config.hc_mult)
+        for layer, block in enumerate(self._blocks):
+            x_BTGD = self._run(block, layer, x_BTGD, hash_ids.get(layer), start, rope, mask_TS)
+        x_BTGD = x_BTGD[:, -1:]
+        x_BTD = model.readout(x_BTGD) if model.readout is not None else x_BTGD.squeeze(2)
+        return model.head(model.norm(x_BTD)).float().squeeze(1)
+
+    def _run(
+        self,
+        block: Block,
+        layer: int,
+        x_BTGD: Tensor,
+        hash_ids_BTH: Tensor | None,
+        start: int,
+        rope: tuple[Tensor, Tensor],
+        mask_TS: Tensor | None,
+    ) -> Tensor:
+        """`Block.forward` with a past."""
+        x, window, latents = x_BTGD, self._windows[layer], self._latents[layer]
+        if window is not None:
+            assert hash_ids_BTH is not None
+            if block.memory_connection is None:
+                x = x + window.remember(x, hash_ids_BTH)
+            else:
+                x = block.memory_connection(x, lambda u: window.remember(u.unsqueeze(2), hash_ids_BTH).squeeze(2))
+        x = block.attn_connection(x, lambda u: latents.attend(block.attn_norm(u), start, rope, mask_TS))
+        return block.ffn_connection(x, lambda u: block.ffn(block.ffn_norm(u)))

@@ -1,0 +1,133 @@
+"""The command line: answers, exit statuses, and one message for what the user got wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engram.data.shards import Dataset
+from eval.__main__ import main
+
+HELP = """
+import runpy, sys
+sys.argv = ["eval", "--help"]
+try:
+    runpy.run_module("eval", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+assert not {"torch", "matplotlib"} & set(sys.modules)
+"""
+
+
+def test_help_needs_no_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for task in ("report", "perplexity", "generate", "gates", "ngram"):
+        assert task in done.stdout
+
+
+def test_perplexity_as_json(run_folder: Path, prepared_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["perplexity", "--checkpoint", str(run_folder), "--tokens", "320", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    done = json.loads((run_folder / "done.json").read_text())
+    assert found["loss"] == pytest.approx(done["val_loss"], abs=2e-6)
+    assert found["step"] == 12 and found["data"] == str(prepared_folder) and found["split"] == "validation"
+
+
+def test_perplexity_of_the_train_split(run_folder: Path, prepared_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["perplexity", "--checkpoint", str(run_folder / "step_000006"), "--split", "train", "--device", "cpu"]
+    assert main([*arguments, "--data", str(prepared_folder), "--sequence-length", "64", "--dtype", "bfloat16"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    dataset = Dataset(prepared_folder, "train")
+    tokens = (dataset.num_tokens - 1) // 64 * 64
+    ignored = sum(0 < start <= tokens for start in dataset.documents.tolist())
+    assert lines["targets"] == f"{tokens - ignored:,}" and lines["step"] == "6"
+
+
+def test_generate(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [
+        "generate",
+        "--checkpoint",
+        str(run_folder),
+        "--prompt",
+        "the people",
+        "--tokens",
+        "7",
+        "--device",
+        "cpu",
+    ]
+    assert main([*arguments, "--samples", "2", "--top-k", "9", "--top-p", "0.9"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("the people") and first.count("the people") >= 2 and "\n---\n" in first
+    assert main([*arguments, "--samples", "2", "--top-k", "9", "--top-p", "0.9"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*arguments, "--temperature", "0"]) == 0
+
+
+def test_gates(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "gates.html"
+    arguments = ["gates", "--checkpoint", str(run_folder), "--text", "the union", "--out", str(out), "--device", "cpu"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.split() == [str(out), str(tmp_path / "gates.csv")]
+    assert "http" not in out.read_text() and "layer 1, stream 1" in out.read_text()
+
+
+def test_ngram(prepared_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["ngram", "--data", str(prepared_folder), "--sequence-length", "16", "--tokens", "160", "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["trigram"] < found["bigram"] < found["unigram"] and found["targets"] <= 160
+
+
+def test_report(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "page.html"
+    assert main(["report", str(run_folder), "--out", str(out), "--device", "cpu"]) == 0
+    assert (tmp_path / "page_figures" / "loss.png").exists()
+    assert out.exists() and f"report: {out}" in capsys.readouterr().out
+
+
+def test_user_errors_are_one_message(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run_folder / "step_000012", damaged)
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    run = str(run_folder)
+    cases = {
+        ("perplexity", "--checkpoint", str(tmp_path / "none")): "does not exist",
+        ("perplexity", "--checkpoint", str(damaged)): "is damaged",
+        ("perplexity", "--checkpoint", run, "--data", str(tmp_path)): "is not a prepared data folder",
+        ("generate", "--checkpoint", run, "--prompt", ""): "the text is empty",
+        ("generate", "--checkpoint", run, "--prompt", "a", "--temperature", "-1"): "temperature is -1.0",
+        ("gates", "--checkpoint", run, "--text", "", "--out", str(tmp_path / "g.html")): "the text is empty",
+        ("ngram", "--data", str(tmp_path)): "is not a prepared data folder",
+        ("report", str(tmp_path)): "is not a run folder",
+    }
+    for arguments, message in cases.items():
+        assert main(arguments) == 2, arguments
+        out = capsys.readouterr()
+        assert out.err.startswith("error: ") and message in out.err and "Traceback" not in out.err, arguments
+        assert not out.out
+
+
+def test_data_of_another_tokenizer(run_folder: Path, workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    from engram.data.prepare import prepare
+    from tests.eval.conftest import tiny_config
+
+    other = workplace / "other"
+    prepare(tiny_config(workplace, "other", **{"data.path": str(other), "model.vocab_size": "310"}))
+    assert main(["perplexity", "--checkpoint", str(run_folder), "--data", str(other)]) == 2
+    message = capsys.readouterr().err
+    assert "was prepared with tokenizer" in message and "--data" in message
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["perplexity"], ["ngram", "--data", "x", "--tokens", "0"], ["report"]]
+)
+def test_wrong_usage_is_status_two(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2 and "usage:" in capsys.readouterr().err
