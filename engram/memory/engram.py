@@ -45,20 +45,25 @@ class Engram(nn.Module):
 
     def forward(self, hidden: torch.Tensor, hash_ids: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, G, D], hash ids with offsets int64 [B, T, H] (-1: dead) -> [B, T, G, D] in `hidden.dtype`."""
-        value_BTGD, _ = self._gate(hidden, hash_ids)
+        rows_BTM = self.embed(hash_ids, hidden.dtype)
+        return self.fuse(hidden, rows_BTM, (hash_ids >= 0).any(-1))
+
+    def fuse(self, hidden: torch.Tensor, rows: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        """Everything after the look-up: rows [B, T, M] in `hidden.dtype`, alive bool [B, T] -> [B, T, G, D]."""
+        value_BTGD, _ = self._gate(hidden, rows, alive)
         if self.conv is None:
             return value_BTGD
         return value_BTGD + self.conv(value_BTGD, self._gain(self.conv_norm))
 
     def gates(self, hidden: torch.Tensor, hash_ids: torch.Tensor) -> torch.Tensor:
         """How far each stream opens to memory: [B, T, G] float32, 0 for dead tokens."""
-        return self._gate(hidden, hash_ids)[1]
+        return self._gate(hidden, self.embed(hash_ids, hidden.dtype), (hash_ids >= 0).any(-1))[1]
 
-    def _gate(self, hidden: torch.Tensor, hash_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows_BTM = self.embed(hash_ids, hidden.dtype)
+    def _gate(
+        self, hidden: torch.Tensor, rows_BTM: torch.Tensor, alive_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         bias = None if self.wkv.bias is None else self.wkv.bias.to(hidden.dtype)
         keys_and_value = F.linear(rows_BTM, self.wkv.weight.to(hidden.dtype), bias)
-        alive_BT = (hash_ids >= 0).any(-1)
         gains = self._gain(self.q_weight), self._gain(self.k_weight)
         return gated_value(hidden, keys_and_value, alive_BT, *gains, self.config)
 

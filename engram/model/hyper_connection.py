@@ -19,7 +19,7 @@ from engram.kernels.sinkhorn import sinkhorn
 
 def expand(x_BTD: Tensor, hc_mult: int) -> Tensor:
     """Every stream starts as a copy: [B, T, G, D]."""
-    return x_BTD.unsqueeze(2).expand(-1, -1, hc_mult, -1)
+    return x_BTD.unsqueeze(2).repeat(1, 1, hc_mult, 1)
 
 
 def stream_logits(x_BTGD: Tensor, weight: Tensor, norm_eps: float) -> Tensor:
@@ -76,9 +76,16 @@ class HyperConnection(nn.Module):
         return torch.sigmoid(pre), 2 * torch.sigmoid(post), h_res
 
     def forward(self, x_BTGD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        u_BTD, h_post, h_res = self.read(x_BTGD)
+        return self.write(x_BTGD, sublayer(u_BTD), h_post, h_res)
+
+    def read(self, x_BTGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u = h_pre x [B, T, D], and the coefficients of the write."""
         h_pre, h_post, h_res = (h.to(x_BTGD.dtype) for h in self.coefficients(x_BTGD))
-        u_BTD = (h_pre.unsqueeze(-1) * x_BTGD).sum(2)
-        y_BTD = sublayer(u_BTD)
+        return (h_pre.unsqueeze(-1) * x_BTGD).sum(2), h_post, h_res
+
+    def write(self, x_BTGD: Tensor, y_BTD: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+        """x' = h_res x + h_post y."""
         return mix_streams(h_res, x_BTGD) + h_post.unsqueeze(-1) * y_BTD.unsqueeze(2)
 
 

@@ -60,8 +60,14 @@ class Block(nn.Module):
         x = x_BTGD
         if self.memory is not None:
             x = self._remember(x, hash_ids_BTH)
-        x = self.attn_connection(x, lambda u: self.attn(self.attn_norm(u), rope, mask))
-        return self.ffn_connection(x, lambda u: self.ffn(self.ffn_norm(u)))
+        x = self.attn_connection(x, lambda u: self.attend(u, rope, mask))
+        return self.ffn_connection(x, self.feed)
+
+    def attend(self, u_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        return self.attn(self.attn_norm(u_BTD), rope, mask)
+
+    def feed(self, u_BTD: Tensor) -> Tensor:
+        return self.ffn(self.ffn_norm(u_BTD))
 
     def _remember(self, x: Tensor, hash_ids: Tensor | None) -> Tensor:
         assert self.memory is not None
@@ -75,6 +81,11 @@ def _connection(config: ModelConfig, index: int) -> nn.Module:
     if config.hyper_connection is None:
         return ResidualConnection()
     return HyperConnection(config.hyper_connection, config.hidden_size, config.norm_eps, index)
+
+
+def _compile(module: nn.Module, *methods: str) -> None:
+    for method in methods:
+        setattr(module, method, torch.compile(getattr(module, method)))
 
 
 class Transformer(nn.Module):
@@ -179,9 +190,14 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, RowTable)]
 
     def compile_blocks(self) -> None:
-        """Compile each block; blocks of one structure share the compiled code."""
+        """Compile the parts between matrix products. Blocks share them, so depth costs no compilation."""
         for block in self.blocks:
-            block.compile()
+            _compile(block, "attend", "feed")
+            for connection in (block.memory_connection, block.attn_connection, block.ffn_connection):
+                if isinstance(connection, HyperConnection):
+                    _compile(connection, "read", "write")
+            if block.memory is not None:
+                _compile(block.memory, "fuse")
 
     def _moe_layers(self) -> list[MoE]:
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]

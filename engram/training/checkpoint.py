@@ -28,6 +28,9 @@ from engram.training.checkpoint_files import (
 
 __all__ = ["Checkpoint", "CheckpointError", "latest_checkpoint", "load_model", "open_checkpoint", "save_checkpoint"]
 
+# Counts changes of what a checkpoint holds.
+FORMAT = 1
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -87,7 +90,7 @@ def save_checkpoint(run_dir: Path, step: int, contents: Contents, keep: int) -> 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`, or the latest of the run folder at `path`, after comparing all checksums.
 
-    Raises CheckpointError: none there, a file missing or damaged, unreadable config.
+    Raises CheckpointError: none there, a file missing or damaged, written by other code.
     """
     folder = Path(path)
     if not (folder / CHECKSUMS).exists():
@@ -95,7 +98,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{folder}: does not exist: give a run folder or one of its step_... folders")
         folder = latest_checkpoint(folder) or folder
     verify(folder)
-    return Checkpoint(folder, read_config(folder), json.loads((folder / "state.json").read_text()))
+    state = json.loads((folder / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / 'state.json'}: is of format {state.get('format')}, but this code reads format {FORMAT}: use "
+            "the code of the commit in the run's code.json"
+        )
+    return Checkpoint(folder, read_config(folder), state)
 
 
 def load_model(checkpoint_dir: str | Path) -> Transformer:

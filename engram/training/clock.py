@@ -12,6 +12,7 @@ class Clock:
         self._first_step = self._lap_step = step
         self._tokens_per_step = tokens_per_step
         self._start = self._lap_start = time.perf_counter()
+        self._warm = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -31,5 +32,9 @@ class Clock:
 
     def seconds_left(self, step: int, last_step: int) -> float:
         """At the speed of this process so far, pauses included."""
-        passed = time.perf_counter() - self._start
-        return passed / max(1, step - self._first_step) * (last_step - step)
+        now = time.perf_counter()
+        seconds = (now - self._start) / max(1, step - self._first_step) * (last_step - step)
+        if not self._warm:
+            # The first steps compile and allocate.
+            self._start, self._first_step, self._warm = now, step, True
+        return seconds

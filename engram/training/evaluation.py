@@ -28,10 +28,12 @@ def validation_loss(model: Transformer, batches: Iterable[TokenBatch], device: t
     # Sums of one batch are short; float64 keeps the sum over batches exact to the last digit that matters.
     total = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
-    for batch in batches:
-        count += int((batch.targets != IGNORE).sum())
-        tokens, targets, document_ids = to_device(batch, device)
-        total += model.token_losses(tokens, targets, document_ids).sum(dtype=torch.float64)
+    # Compiled parts would be compiled once more, for evaluation alone.
+    with torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            count += int((batch.targets != IGNORE).sum())
+            tokens, targets, document_ids = to_device(batch, device)
+            total += model.token_losses(tokens, targets, document_ids).sum(dtype=torch.float64)
     model.train(training)
     return total.item() / max(count, 1)
 

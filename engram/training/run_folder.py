@@ -75,8 +75,6 @@ class RunFolder:
             self._take_lock()
             self._check_config()
             self.leftovers = remove_unfinished(self.path)
-            if self.finished is None:
-                self._write_config()
         except BaseException:
             self._release()
             raise
@@ -99,8 +97,14 @@ class RunFolder:
         """Mark the run as done."""
         write_atomically(self.path / "done.json", json.dumps(summary, indent=2) + "\n")
 
-    def record_code(self, facts: dict[str, Any]) -> str:
-        """Write this start's provenance and `facts` into code.json, before earlier starts, and return the run's id."""
+    def start(self, facts: dict[str, Any]) -> str:
+        """Bind the folder to the config, put provenance and `facts` into code.json (newest first), return the run's id.
+
+        Called once everything is ready to train: what failed before leaves the config free to be corrected.
+        """
+        building = unfinished(self.path / "config.yaml")
+        save_config(self.config, building)
+        os.replace(building, self.path / "config.yaml")
         path = self.path / "code.json"
         earlier = json.loads(path.read_text())["starts"] if path.exists() else []
         run_id = earlier[-1]["run_id"] if earlier else uuid.uuid4().hex[:12]
@@ -146,11 +150,6 @@ class RunFolder:
                 + "\nchoose another run_dir for the changed config, or take the change back to continue this run"
             )
         self.rounding_changes = [change for key, change in changes.items() if _within(key, ROUNDING)]
-
-    def _write_config(self) -> None:
-        building = unfinished(self.path / "config.yaml")
-        save_config(self.config, building)
-        os.replace(building, self.path / "config.yaml")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -13,7 +13,7 @@ from engram.data.loader import Loader
 from engram.model.transformer import Transformer
 from engram.optim.optimizer import RoleOptimizer
 from engram.training import random_state
-from engram.training.checkpoint import Checkpoint, CheckpointError, hash_recipe
+from engram.training.checkpoint import FORMAT, Checkpoint, CheckpointError, hash_recipe
 from engram.training.checkpoint_files import Contents
 from engram.training.setup import RunData, environment
 
@@ -41,6 +41,7 @@ class RunState:
     def contents(self, **tensors: dict[str, Tensor]) -> Contents:
         """Everything that resuming needs, and `tensors` as files of their own."""
         state = {
+            "format": FORMAT,
             "step": self.step,
             "tokens": self.tokens,
             "skipped": self.skipped,

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import IntEnum
@@ -43,7 +44,8 @@ class Exit(IntEnum):
 class Trainer:
     """Trains the model of a config in its run folder, from the start or from the folder's latest checkpoint.
 
-    Same config, machine, torch and number of threads: same weights to the bit, however often the run was killed.
+    Same config, machine, torch and number of threads: same weights to the bit, however often the run was killed (on a
+    GPU, as far as its kernels sum in a fixed order).
     """
 
     def __init__(self, config: Config) -> None:
@@ -80,7 +82,9 @@ class Trainer:
         self.state = self._build()
         stack.callback(self.state.loader.close)
         self._resume()
-        run_id = self.folder.record_code(environment(self.state.device))
+        # Says now, not at the first evaluation, if the validation split is too small.
+        self._validation_batches()
+        run_id = self.folder.start(environment(self.state.device))
         self._record_parameters()
         self.metrics = stack.enter_context(MetricsFile(self.folder.path / "metrics.jsonl", self.state.step))
         self.tracker = Tracker(self.config, self.folder.path, run_id)
@@ -158,7 +162,7 @@ class Trainer:
             apply_gradient(state.model, state.optimizer, lr)
         else:
             what = f"step {line['step']}: loss {gradient.loss}, gradient norm {gradient.norm}"
-            if state.skipped == train.skip_nonfinite:
+            if state.skipped >= train.skip_nonfinite:
                 self._write_post_mortem(batch, line, what)
                 return None
             state.skipped += 1
@@ -174,7 +178,7 @@ class Trainer:
         statistics = train.statistics_every and step % train.statistics_every == 0
         if evaluate:
             with self.clock.paused():
-                line["val_loss"] = self._validate()
+                line["val_loss"] = validation_loss(self.state.model, self._validation_batches(), self.state.device)
             if line["val_loss"] < self.state.best_val_loss:
                 self.state.best_val_loss, self.state.best_step = line["val_loss"], step
         if step == 1 or step % train.log_every == 0 or evaluate or statistics:
@@ -185,11 +189,9 @@ class Trainer:
         else:
             self.console.advance(step)
 
-    def _validate(self) -> float:
-        data, evaluation = self.state.data.validation, self.config.eval
-        length = self.config.data.sequence_length
-        batches = validation_batches(data, length, evaluation.batch_size, evaluation.tokens)
-        return validation_loss(self.state.model, batches, self.state.device)
+    def _validation_batches(self) -> Iterator[Batch]:
+        data, length = self.state.data.validation, self.config.data.sequence_length
+        return validation_batches(data, length, self.config.eval.batch_size, self.config.eval.tokens)
 
     def _check_tokens(self, batch: Batch) -> None:
         highest, size = int(batch.tokens.max()), self.config.model.vocab_size
@@ -216,7 +218,8 @@ class Trainer:
             f"total {counts.total:,} (vocabulary {counts.vocabulary:,} apart), activated {counts.activated:,}, "
             f"memory {counts.memory:,}, sparse {counts.sparse:,}\n\n{self.state.optimizer.roles_table()}\n"
         )
-        logger.info("parameters: %s", table)
+        if self.state.step == 0:
+            logger.info("parameters: %s", table)
         write_atomically(self.folder.path / "parameters.txt", table)
 
     def _finish(self) -> None:
@@ -224,7 +227,7 @@ class Trainer:
         last = read_metrics(self.folder.path / "metrics.jsonl")[-1]
         summary = {key: last.get(key) for key in ("step", "tokens", "loss", "val_loss")}
         summary |= {
-            "best_val_loss": min(state.best_val_loss, float("inf")) if state.best_step else None,
+            "best_val_loss": state.best_val_loss if state.best_step else None,
             "best_step": state.best_step or None,
             "skipped_steps": state.skipped,
         }

@@ -132,6 +132,15 @@ def test_a_config_of_other_code_is_refused(run_dir: Path) -> None:
         load_model(run_dir)
 
 
+def test_another_format_is_refused(run_dir: Path) -> None:
+    def older(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
+
+    rewrite(run_dir / "latest", "state.json", older)
+    with pytest.raises(CheckpointError, match="is of format 0, but this code reads format 1"):
+        load_model(run_dir)
+
+
 def test_a_file_that_is_no_safetensors_is_named(run_dir: Path) -> None:
     rewrite(run_dir / "latest", "model.safetensors", lambda path: path.write_bytes(b"not tensors"))
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read .*go on from step_000002"):

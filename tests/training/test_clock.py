@@ -20,5 +20,6 @@ def test_pauses_do_not_slow_the_speed_but_delay_the_end(time: list[float]) -> No
     # 14 steps remain, at 10 seconds for four.
     assert clock.seconds_left(14, last_step=28) == 35.0
     time[0] += 2
-    # Only the time since the last lap counts.
+    # Only the time since the last lap counts, and for the end only that since the first estimate.
     assert clock.lap(15) == 25.0
+    assert clock.seconds_left(15, last_step=28) == 26.0

@@ -14,6 +14,12 @@ from engram.training.run_folder import RunFolder, RunFolderError, differences, p
 MakeConfig = Callable[..., Config]
 
 
+def start(config: Config) -> Path:
+    with RunFolder(config) as folder:
+        folder.start({})
+    return folder.path
+
+
 def test_a_folder_in_use_names_the_process(make_config: MakeConfig) -> None:
     config = make_config()
 
@@ -61,8 +67,7 @@ def test_a_killed_process_gives_its_lock_back(make_config: MakeConfig) -> None:
 def test_another_config_is_refused_with_the_settings_that_differ(
     make_config: MakeConfig, changes: dict, told: list[str]
 ) -> None:
-    with RunFolder(make_config()):
-        pass
+    start(make_config())
     with pytest.raises(RunFolderError) as caught, RunFolder(make_config(**changes)):
         pass
     message = str(caught.value)
@@ -71,8 +76,7 @@ def test_another_config_is_refused_with_the_settings_that_differ(
 
 
 def test_settings_that_change_no_weight_may_change(make_config: MakeConfig) -> None:
-    with RunFolder(make_config()):
-        pass
+    start(make_config())
     changes = {
         "train": {"stop_after": 4, "log_every": 7, "keep_checkpoints": 9, "wandb": {"project": "other"}},
         "eval": {"prompt": "Else"},
@@ -80,20 +84,27 @@ def test_settings_that_change_no_weight_may_change(make_config: MakeConfig) -> N
     with RunFolder(make_config(**changes)) as folder:
         assert folder.rounding_changes == []
     # The folder's config is that of the latest start.
-    with RunFolder(make_config(**changes, data={"prefetch": 0})) as folder:
-        assert "prompt: Else" in (folder.path / "config.yaml").read_text()
+    start(make_config(**changes, data={"prefetch": 0}))
+    assert "prompt: Else" in (folder.path / "config.yaml").read_text()
+
+
+def test_a_run_that_never_started_binds_nothing(make_config: MakeConfig) -> None:
+    """As where a wrong setting came to light while the model was built."""
+    with RunFolder(make_config()):
+        pass
+    start(make_config(seed=6))
+    with pytest.raises(RunFolderError, match="seed: 6 -> 5"), RunFolder(make_config()):
+        pass
 
 
 def test_settings_that_change_rounding_are_reported(make_config: MakeConfig) -> None:
-    with RunFolder(make_config()):
-        pass
+    start(make_config())
     with RunFolder(make_config(train={"threads": 2, "micro_batch_size": 2})) as folder:
         assert folder.rounding_changes == ["train.micro_batch_size: null -> 2", "train.threads: 1 -> 2"]
 
 
 def test_a_config_of_other_code_is_refused(make_config: MakeConfig) -> None:
-    with RunFolder(make_config()) as folder:
-        path = folder.path / "config.yaml"
+    path = start(make_config()) / "config.yaml"
     path.write_text(path.read_text() + "retired_setting: 3\n")
     with pytest.raises(RunFolderError, match="retired_setting.*\n.*code.json"), RunFolder(make_config()):
         pass
@@ -125,7 +136,7 @@ def test_a_folder_that_cannot_be_written(make_config: MakeConfig, tmp_path: Path
 
 def test_code_json_keeps_every_start_and_one_id(make_config: MakeConfig) -> None:
     with RunFolder(make_config()) as folder:
-        ids = {folder.record_code({"threads": count}) for count in (1, 2)}
+        ids = {folder.start({"threads": count}) for count in (1, 2)}
     starts = json.loads((folder.path / "code.json").read_text())["starts"]
     assert [start["threads"] for start in starts] == [2, 1]
     assert {start["run_id"] for start in starts} == ids and len(ids) == 1

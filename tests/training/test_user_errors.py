@@ -1,0 +1,126 @@
+"""Mistakes and full disks from end to end: one message, and a run that can go on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engram.config import Config, UserError
+from engram.data.manifest import file_digest
+from engram.training import checkpoint_files, metrics
+from engram.training.checkpoint import CheckpointError
+from engram.training.run_folder import RunFolderError
+from engram.training.trainer import Exit, Trainer
+from tests.training.conftest import assert_same_checkpoint
+
+MakeConfig = Callable[..., Config]
+
+
+def test_a_full_disk_while_saving(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, write = make_config(), checkpoint_files.save_file
+
+    def full(tensors: dict, path: Path) -> None:
+        if "step_000006" in str(path):
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "save_file", full)
+        with pytest.raises(CheckpointError, match="step_000006: cannot be written .*step_000003 is whole"):
+            Trainer(config).fit()
+    assert not list(Path(config.run_dir).glob(".unfinished*"))
+    assert Trainer(config).fit() is Exit.DONE
+    whole = make_config("whole")
+    Trainer(whole).fit()
+    assert_same_checkpoint(Path(config.run_dir) / "latest", Path(whole.run_dir) / "latest")
+
+
+def test_a_full_disk_while_logging(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.MetricsFile, "write", full)
+    with pytest.raises(RunFolderError, match="the disk is full: free space"):
+        Trainer(make_config()).fit()
+
+
+def test_a_shard_with_tokens_beyond_the_vocabulary(make_config: MakeConfig, data: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(data, tmp_path / "damaged"))
+    tokens = np.memmap(damaged / "train_000.bin", np.uint16, "r+")
+    tokens[:] = 384
+    tokens.flush()
+    with pytest.raises(UserError, match="holds token 384, but model.vocab_size is 384"):
+        Trainer(make_config(data={"path": str(damaged)})).fit()
+
+
+def test_data_of_another_vocabulary(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match="model.vocab_size was 384, is 400"):
+        Trainer(make_config(model={"vocab_size": 400})).fit()
+
+
+def test_sequences_longer_than_the_data(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match=r"data\.sequence_length 100,000"):
+        Trainer(make_config(data={"sequence_length": 100_000})).fit()
+
+
+def test_resuming_on_other_data_is_refused(make_config: MakeConfig, data: Path, tmp_path: Path) -> None:
+    config = make_config(train={"stop_after": 2})
+    Trainer(config).fit()
+    # The same settings, another content: as if the sources had changed and the folder had been prepared again.
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["splits"]["train"]["digest"] = "f" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="data_digest was .* has ffffffffffff.*: point data.path"):
+        Trainer(make_config(data={"path": str(other)})).fit()
+    # A copy elsewhere is the same data.
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert Trainer(make_config(data={"path": str(moved)}, train={"stop_after": 3})).fit() is Exit.DONE
+
+
+def test_resuming_with_another_tokenizer_is_refused(make_config: MakeConfig, data: Path, tmp_path: Path) -> None:
+    config = make_config(train={"stop_after": 2})
+    Trainer(config).fit()
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    # An unknown field at the end of the model: it loads as before, with another digest.
+    with (other / "tokenizer.model").open("ab") as file:
+        file.write(b"\xa2\x06\x01x")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer"]["digest"] = file_digest(other / "tokenizer.model")
+    manifest["files"]["tokenizer.model"]["bytes"] += 4
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="tokenizer_digest was"):
+        Trainer(make_config(data={"path": str(other)})).fit()
+
+
+def test_unprepared_data_is_prepared(make_config: MakeConfig, data: Path, tmp_path: Path) -> None:
+    config = make_config(train={"steps": 1}, data={"path": str(tmp_path / "new" / "tiny")})
+    assert Trainer(config).fit() is Exit.DONE
+    log = (Path(config.run_dir) / "log.txt").read_text()
+    assert f"{config.data.path} holds no prepared data yet: preparing it" in log
+    tokens = [(Path(path) / "train_000.bin").read_bytes() for path in (config.data.path, data)]
+    assert tokens[0] == tokens[1]
+
+
+def test_cuda_where_there_is_none(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="train.device is cuda, but torch sees no CUDA device"):
+        Trainer(make_config(train={"device": "cuda"})).fit()
+
+
+def test_a_validation_split_of_less_than_a_sequence_is_told_before_training(make_config: MakeConfig) -> None:
+    config = make_config(data={"sequence_length": 1000})
+    with pytest.raises(UserError, match="the validation split has"):
+        Trainer(config).fit()
+    assert not (Path(config.run_dir) / "metrics.jsonl").exists()
+    # Nothing has begun: the same folder takes the corrected config.
+    assert Trainer(make_config(train={"steps": 1})).fit() is Exit.DONE
+
+
+def test_fewer_evaluation_tokens_than_a_sequence(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match="eval.tokens is 31, less than one sequence"):
+        Trainer(make_config(eval={"tokens": 31})).fit()
