@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from engram.config import Config, ConfigError, UserError, load_config, save_config
-from engram.training.files import remove_unfinished, unfinished, write_atomically
+from engram.training.files import remove_unfinished, sync, unfinished, write_atomically
 
 # Settings that a later call on the same folder may change without changing a single weight ...
 FREE = (
@@ -104,6 +104,7 @@ class RunFolder:
         """
         building = unfinished(self.path / "config.yaml")
         save_config(self.config, building)
+        sync(building)
         os.replace(building, self.path / "config.yaml")
         path = self.path / "code.json"
         earlier = json.loads(path.read_text())["starts"] if path.exists() else []

@@ -10,7 +10,7 @@ the update. Keys, for layer 1 and stream 0:
     layer_01/rows_touched      distinct rows that were read / rows of the table; also over_encoding/rows_touched
     layer_01/row_grad_norm     norm of the table's gradient, after clipping; also over_encoding/row_grad_norm
     layer_01/attn_mix_gain     largest sum of |h_res| over a row (forward gain) or a column (backward gain), any token;
-                               ffn_mix_gain likewise
+                               ffn_mix_gain, memory_mix_gain (fusion: single) likewise
 """
 
 import math
@@ -103,6 +103,7 @@ def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module | None]]:
         yield prefix, block.memory
         yield prefix, None if block.memory is None else block.memory.embed
         yield prefix, block.ffn.router if isinstance(block.ffn, MoE) else None
+        yield prefix + "memory_", block.memory_connection
         yield prefix + "attn_", block.attn_connection
         yield prefix + "ffn_", block.ffn_connection
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from engram.config import Config
 from engram.data.tokenizer import Tokenizer, load_tokenizer
-from engram.training import checkpoint_files, files
+from engram.training import checkpoint_files
 from engram.training.checkpoint_files import (
     CheckpointError,
     Contents,
@@ -87,7 +87,10 @@ def test_a_run_set_back_replaces_the_later_steps(contents: Callable[[int], Conte
 
 # ------------------------------------------------------------------------------------------------- kills and full disks
 
-OPERATIONS = [(os, "fsync"), (os, "rename"), (os, "replace"), (Path, "mkdir"), (Path, "symlink_to"), (Path, "chmod")]
+OPERATIONS: list[tuple[Any, str]] = [
+    *((os, name) for name in ("fsync", "rename", "replace", "mkdir", "symlink", "chmod", "unlink", "rmdir")),
+    (checkpoint_files, "save_file"),
+]
 
 
 def die_before(operation: int, run: Callable[[], Any]) -> bool:
@@ -104,7 +107,7 @@ def die_before(operation: int, run: Callable[[], Any]) -> bool:
 
             return call
 
-        for owner, name in [*OPERATIONS, (checkpoint_files, "save_file"), (files.shutil, "rmtree")]:
+        for owner, name in OPERATIONS:
             setattr(owner, name, deadly(getattr(owner, name)))
         run()
         os._exit(0)
@@ -128,6 +131,8 @@ def test_a_kill_at_any_operation_leaves_a_valid_latest(
         run_dir.mkdir(exist_ok=True)
         killed = die_before(operation, lambda run_dir=run_dir: save_step(run_dir, new, contents(new), keep=2))
         found = latest_checkpoint(run_dir)
+        # What is called step_... is whole, also while an old one is being removed.
+        assert {step_in(folder) for folder in step_folders(run_dir)} <= {*before, new}
         assert (step_in(found) if found else 0) in ({new} if not killed else {new - 1, new})
         # The next start clears up, and can save the same step.
         remove_unfinished(run_dir)

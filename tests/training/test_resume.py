@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from engram.config import Config
+from engram.model.transformer import Transformer
 from engram.training.checkpoint_files import step_folders
 from engram.training.trainer import Exit, Trainer
 from tests.training.conftest import assert_same_checkpoint, metrics_of, train_in_child
@@ -88,6 +91,32 @@ def test_stopping_leaves_the_schedule_as_it_is(make_config: MakeConfig, stop_aft
     assert metrics_of(run_dir) == metrics_of(whole.run_dir)
     # The configs of the two agree by now, run_dir apart.
     assert_same_checkpoint(Path(whole.run_dir) / "latest", run_dir / "latest")
+
+
+def test_random_numbers_go_on_where_they_stood(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with dropout: a loss that draws from all generators."""
+    loss = Transformer.loss
+
+    def noisy(self: Transformer, *args: torch.Tensor) -> torch.Tensor:
+        return loss(self, *args) * (0.5 + torch.rand(()) + float(np.random.rand()) + random.random())
+
+    monkeypatch.setattr(Transformer, "loss", noisy)
+    whole, parts = make_config("whole"), make_config("parts")
+    assert Trainer(whole).fit() is Exit.DONE
+    for stop_after in (5, None):
+        assert Trainer(parts.replace(train=parts.train.replace(stop_after=stop_after))).fit() is Exit.DONE
+    assert_same_checkpoint(Path(whole.run_dir) / "latest", Path(parts.run_dir) / "latest")
+    assert metrics_of(parts.run_dir) == metrics_of(whole.run_dir)
+
+
+def test_the_best_evaluation_is_remembered(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.25])
+    monkeypatch.setattr("engram.training.trainer.validation_loss", lambda *_: next(losses))
+    config = make_config(train={"steps": 8, "eval_every": 2})
+    for stop_after in (5, None):
+        Trainer(config.replace(train=config.train.replace(stop_after=stop_after))).fit()
+    done = json.loads((Path(config.run_dir) / "done.json").read_text())
+    assert (done["best_val_loss"], done["best_step"], done["val_loss"]) == (2.0, 4, 2.25)
 
 
 @pytest.mark.parametrize(

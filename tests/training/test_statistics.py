@@ -87,7 +87,8 @@ def batch() -> Batch:
     [
         ({}, {"layer_00/attn_mix_gain", "layer_00/ffn_mix_gain", "layer_01/router_entropy", "layer_01/gate_mean_1"}),
         ({"hyper_connection": None}, {"layer_01/router_max_load", "layer_01/gate_low_0", "layer_01/rows_touched"}),
-        ({"moe": None, "memory": {"fusion": "single"}}, {"layer_01/gate_high_0", "layer_01/rows_touched"}),
+        ({"moe": None, "memory": {"fusion": "single"}}, {"layer_01/gate_high_0", "layer_01/memory_mix_gain"}),
+        ({"memory": {"gate": None}}, {"layer_01/gate_mean_1", "layer_01/rows_touched"}),
         ({"moe": None, "memory": None, "hyper_connection": None}, set()),
         (
             {
