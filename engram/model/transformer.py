@@ -110,6 +110,7 @@ class Transformer(nn.Module):
             )
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
+        self._compiled = False
 
         self.embed = nn.Embedding(model.vocab_size, model.hidden_size)
         self.over_encoding = (
@@ -151,7 +152,7 @@ class Transformer(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Mean cross-entropy over targets that are not -100, in nats; in training mode plus the balance losses."""
         x_BTD = self.hidden(tokens, document_ids)
-        loss = linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, targets.flatten())
+        loss = linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, targets.flatten(), compiled=self._compiled)
         loss = loss / (targets != IGNORE).sum().clamp(min=1)
         for layer in self._moe_layers():
             if self.training and layer.balance_loss is not None:
@@ -191,6 +192,7 @@ class Transformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the parts between matrix products. Blocks share them, so depth costs no compilation."""
+        self._compiled = True
         for block in self.blocks:
             _compile(block, "attend", "feed")
             for connection in (block.memory_connection, block.attn_connection, block.ffn_connection):

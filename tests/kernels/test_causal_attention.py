@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engram.kernels import causal_attention as module
-from engram.kernels.causal_attention import causal_attention, causal_attention_ref
+from engram.kernels.causal_attention import blocks, causal_attention, causal_attention_ref
 
 
 def _inputs(length: int, value_width: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -22,7 +22,7 @@ def _by_loops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 @pytest.mark.parametrize("value_width", [7, 12, 16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_both_ways_equal_loops(value_width: int, masked: bool) -> None:
+def test_all_ways_equal_loops(monkeypatch: pytest.MonkeyPatch, value_width: int, masked: bool) -> None:
     inputs = _inputs(9, value_width)
     documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2], [0] * 9])
     same = (documents.unsqueeze(1) == documents.unsqueeze(2)).tril().unsqueeze(1)
@@ -30,12 +30,15 @@ def test_both_ways_equal_loops(value_width: int, masked: bool) -> None:
     expected = _by_loops(*inputs, mask)
     direction = torch.randn_like(expected)
     gradients = []
-    for function in (causal_attention, causal_attention_ref):
+    # Blocks that do not divide the length.
+    monkeypatch.setattr(blocks, "BLOCK", 4)
+    for function in (causal_attention, causal_attention_ref, blocks.causal_attention_blocks):
         out = function(*inputs, mask, 0.3)
         torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-6)
         gradients.append(torch.autograd.grad(out, inputs, direction.float()))
-    for name, fused, explicit in zip("qkv", *gradients, strict=True):
-        torch.testing.assert_close(fused, explicit, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    for name, fused, explicit, blocked in zip("qkv", *gradients, strict=True):
+        for actual in (fused, blocked):
+            torch.testing.assert_close(actual, explicit, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("length", [module.SHORT, module.SHORT + 1])

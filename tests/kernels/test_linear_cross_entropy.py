@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -5,11 +7,13 @@ from engram.kernels import linear_cross_entropy as module
 from engram.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref, token_cross_entropy
 
 
-@pytest.mark.parametrize("chunk_logits", [37, 37 * 5, 2**24])
+# One size compiles: each would take seconds.
+@pytest.mark.parametrize(("chunk_logits", "compiled"), [(37, False), (37 * 5, False), (2**24, False), (37 * 5, True)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_loss_and_gradients_equal_the_reference(
-    monkeypatch: pytest.MonkeyPatch, chunk_logits: int, dtype: torch.dtype, tolerance: float
+    monkeypatch: pytest.MonkeyPatch, chunk_logits: int, dtype: torch.dtype, tolerance: float, compiled: bool
 ) -> None:
+    linear_cross_entropy = functools.partial(module.linear_cross_entropy, compiled=compiled)
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk_logits)
     x, weight = torch.randn(23, 17).to(dtype), torch.randn(37, 17)
     targets = torch.randint(0, 37, (23,))

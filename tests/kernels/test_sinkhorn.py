@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.kernels.sinkhorn import sinkhorn, sinkhorn_ref
+from engram.kernels import native
+from engram.kernels.sinkhorn import Implementation, sinkhorn, sinkhorn_ref
 
 
 def _by_loops(logits: np.ndarray, steps: int) -> np.ndarray:
@@ -19,12 +20,50 @@ def _by_loops(logits: np.ndarray, steps: int) -> np.ndarray:
     return result
 
 
+@pytest.mark.parametrize("impl", ["reference", "native"])
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
 @pytest.mark.parametrize("steps", [1, 3, 20])
-def test_equals_loops(size: int, steps: int) -> None:
+def test_equals_loops(size: int, steps: int, impl: Implementation) -> None:
     logits = torch.randn(size, size, 7) * 2
     expected = torch.from_numpy(_by_loops(logits.numpy(), steps))
-    torch.testing.assert_close(sinkhorn(logits, steps).double(), expected, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(sinkhorn(logits, steps, impl).double(), expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 100])
+@pytest.mark.parametrize("size", [1, 3, 4, 8])
+def test_native_gradient_equals_the_reference(size: int, count: int) -> None:
+    logits = (torch.randn(size, size, count) * 3).requires_grad_()
+    direction = torch.randn_like(logits)
+    native, reference = (
+        torch.autograd.grad((sinkhorn(logits, 20, impl) * direction).sum(), logits)[0]
+        for impl in ("native", "reference")
+    )
+    torch.testing.assert_close(native, reference, atol=5e-6, rtol=1e-4)
+
+
+def test_native_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(RuntimeError, match="for float32 on CPU, not torch.float64 on cpu"):
+        sinkhorn(torch.randn(4, 4, 3, dtype=torch.float64), 2, "native")
+
+
+def test_without_a_compiler_auto_says_so_and_runs_the_reference(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    native.load_library.cache_clear()
+    native.is_available.cache_clear()
+    logits = torch.randn(4, 4, 3)
+    try:
+        assert torch.equal(sinkhorn(logits, 5), sinkhorn_ref(logits, 5))
+        sinkhorn(logits, 5)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "neither cc nor gcc was found" in caplog.text
+        with pytest.raises(RuntimeError, match="needs a C compiler"):
+            sinkhorn(logits, 5, "native")
+    finally:
+        native.load_library.cache_clear()
+        native.is_available.cache_clear()
 
 
 @given(st.integers(2, 6), st.integers(1, 25), st.floats(0.1, 30.0))
@@ -51,8 +90,9 @@ def test_gradient_equals_autograd_of_the_reference(steps: int) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-9)
 
 
-def test_operator_registration() -> None:
-    torch.library.opcheck(torch.ops.engram.sinkhorn.default, (torch.randn(4, 4, 5, requires_grad=True), 3))
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_operator_registration(impl: Implementation) -> None:
+    torch.library.opcheck(torch.ops.engram.sinkhorn.default, (torch.randn(4, 4, 5, requires_grad=True), 3, impl))
 
 
 def test_compiled_graph_holds_one_operation() -> None:
@@ -65,6 +105,6 @@ def test_compiled_graph_holds_one_operation() -> None:
 
     function = torch.compile(lambda x: sinkhorn(x, 20) * 2, backend=backend, fullgraph=True)
     logits = torch.randn(4, 4, 5)
-    torch.testing.assert_close(function(logits), sinkhorn_ref(logits, 20) * 2)
+    torch.testing.assert_close(function(logits), sinkhorn_ref(logits, 20) * 2, atol=1e-5, rtol=1e-5)
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert len(calls) == 2, calls

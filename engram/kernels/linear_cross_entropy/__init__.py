@@ -1,5 +1,7 @@
 """Cross-entropy of a linear head, by chunks of tokens: all logits of a large vocabulary never exist at once."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +16,14 @@ IGNORE = -100
 CHUNK_LOGITS = 2**22
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, compiled: bool = False) -> Tensor:
     """L = sum_t logsumexp(W x_t) - (W x_t)[target_t] over targets that are not -100; a scalar.
 
     x [T, D] in the compute dtype, weight [V, D] float32 (the product runs in x's dtype, the softmax in float32),
     targets int64 [T]. A sum scales its gradient by one number, so the gradient is taken while a chunk's logits are at
-    hand and no product is computed twice.
+    hand and no product is computed twice. `compiled` fuses what lies between the products.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets)
+    return _LinearCrossEntropy.apply(x, weight, targets, compiled)
 
 
 @torch.no_grad()
@@ -34,22 +36,17 @@ def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, compiled: bool) -> Tensor:
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
             return token_cross_entropy(x, weight, targets).sum()
+        loss_and_delta = _compiled_loss_and_delta() if compiled else _loss_and_delta
         head = weight.to(x.dtype)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         for part in _chunks(len(x), len(weight)):
-            logits = (x[part] @ head.t()).float()
-            losses, log_norms = _losses(logits, targets[part])
-            total += losses.sum()
-            # softmax - onehot, in place of the logits.
-            delta = logits.sub_(log_norms.unsqueeze(1)).exp_()
-            column = targets[part].clamp(min=0).unsqueeze(1)
-            delta.scatter_add_(1, column, delta.new_full((1, 1), -1.0).expand(len(delta), 1))
-            delta = delta.to(x.dtype).masked_fill_((targets[part] == IGNORE).unsqueeze(1), 0.0)
+            loss, delta = loss_and_delta(x[part] @ head.t(), targets[part])
+            total += loss
             grad_x[part] = delta @ head
             grad_weight += delta.t() @ x[part]
         ctx.save_for_backward(grad_x, grad_weight)
@@ -58,14 +55,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grads[0].to(grad_x.dtype), grad_weight * grads[0], None
+        return grad_x * grads[0].to(grad_x.dtype), grad_weight * grads[0], None, None
+
+
+def _loss_and_delta(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk, and softmax - onehot in the logits' dtype (0 where the target is -100)."""
+    logits32 = logits.float()
+    losses, log_norms = _losses(logits32, targets)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    delta = torch.exp(logits32 - log_norms.unsqueeze(1)) - (columns == targets.unsqueeze(1)).float()
+    return losses.sum(), torch.where((targets == IGNORE).unsqueeze(1), 0.0, delta).to(logits.dtype)
+
+
+@functools.cache
+def _compiled_loss_and_delta() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_loss_and_delta)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses and log-normalisers [T] of one chunk's logits [T, V]."""
     log_norms = torch.logsumexp(logits, dim=-1)
     picked = logits.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return (log_norms - picked).masked_fill_(targets == IGNORE, 0.0), log_norms
+    return torch.where(targets == IGNORE, 0.0, log_norms - picked), log_norms
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 64
+BLOCK = 16
 
 
 def assign_slots(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,8 +32,6 @@ def assign_slots(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     num_slots = (num_choices + BLOCK - 1) // BLOCK * BLOCK + num_experts * BLOCK
     choice_of_slot = torch.full((num_slots,), num_choices, dtype=torch.int64, device=flat.device)
     choice_of_slot.scatter_(0, slot_of_choice, torch.arange(num_choices, device=flat.device))
-    # The last expert takes the slack, so that no slot is left unwritten.
-    ends_E = torch.cat((ends_E[:-1], ends_E.new_full((1,), num_slots)))
     return slot_of_choice, choice_of_slot, ends_E.to(torch.int32)
 
 

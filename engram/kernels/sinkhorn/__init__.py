@@ -1,48 +1,67 @@
 """Sinkhorn-Knopp: a positive matrix made doubly stochastic, as one operation that compiled graphs do not unroll."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from engram.kernels.native import is_available
+from engram.kernels.sinkhorn.native_cpu import SOURCE, sinkhorn_backward_native, sinkhorn_native
 from engram.kernels.sinkhorn.reference import sinkhorn_backward, sinkhorn_ref
 
 __all__ = ["sinkhorn", "sinkhorn_ref"]
 
+Implementation = Literal["auto", "reference", "native"]
 
-@torch.library.custom_op("engram::sinkhorn", mutates_args=())
-def sinkhorn(logits: Tensor, steps: int) -> Tensor:
+
+def sinkhorn(logits: Tensor, steps: int, impl: Implementation = "auto") -> Tensor:
     """exp(logits) after `steps` column-then-row normalisations; each row of the result sums to 1.
 
     logits: float32 [G, G, N], axis 0 the output stream, axis 1 the input stream, N independent matrices (last, so that
-    every normalisation is one vectorised pass). Returns float32 [G, G, N] with sum over axis 1 equal to 1.
+    every normalisation is one vectorised pass). Returns float32 [G, G, N] with sum over axis 1 equal to 1. `native` is
+    C, for CPU; `auto` takes it where a C compiler is. Raises RuntimeError where `native` is asked for and not there.
     """
-    return sinkhorn_ref(logits.contiguous(), steps)
+    return torch.ops.engram.sinkhorn(logits, steps, impl)
 
 
-@sinkhorn.register_fake
-def _(logits: Tensor, steps: int) -> Tensor:
-    return logits.new_empty(logits.shape)
+@torch.library.custom_op("engram::sinkhorn", mutates_args=())
+def _forward(logits: Tensor, steps: int, impl: str) -> Tensor:
+    run = sinkhorn_native if _native(logits, impl) else sinkhorn_ref
+    return run(logits.contiguous(), steps)
 
 
 @torch.library.custom_op("engram::sinkhorn_backward", mutates_args=())
-def _backward(logits: Tensor, grad: Tensor, steps: int) -> Tensor:
-    return sinkhorn_backward(logits.contiguous(), grad.contiguous(), steps)
+def _backward(logits: Tensor, grad: Tensor, steps: int, impl: str) -> Tensor:
+    run = sinkhorn_backward_native if _native(logits, impl) else sinkhorn_backward
+    return run(logits.contiguous(), grad.contiguous(), steps)
 
 
-@_backward.register_fake
-def _(logits: Tensor, grad: Tensor, steps: int) -> Tensor:
+def _native(logits: Tensor, impl: str) -> bool:
+    """The one place that chooses."""
+    suited = logits.device.type == "cpu" and logits.dtype == torch.float32
+    if impl == "native" and not suited:
+        raise RuntimeError(f"the native sinkhorn is for float32 on CPU, not {logits.dtype} on {logits.device.type}")
+    return impl == "native" or (impl == "auto" and suited and is_available(SOURCE))
+
+
+@_forward.register_fake
+def _(logits: Tensor, steps: int, impl: str) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-    logits, ctx.steps = inputs
+@_backward.register_fake
+def _(logits: Tensor, grad: Tensor, steps: int, impl: str) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
+    logits, ctx.steps, ctx.impl = inputs
     ctx.save_for_backward(logits)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (logits,) = ctx.saved_tensors
-    return _backward(logits, grad, ctx.steps), None
+    return _backward(logits, grad, ctx.steps, ctx.impl), None, None
 
 
-sinkhorn.register_autograd(_gradient, setup_context=_setup_context)
+_forward.register_autograd(_gradient, setup_context=_setup_context)
