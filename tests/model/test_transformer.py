@@ -186,7 +186,7 @@ def test_initial_values_follow_the_table() -> None:
         "blocks.0.ffn.down.weight": 0.02 / 4,
         "blocks.2.ffn.experts.gate_up": 0.02,
         "blocks.2.ffn.experts.down": 0.02 / 4,
-        "blocks.1.memory.embed.weight": 1.0,
+        "blocks.1.memory.embed.weight": 0.02,
         "blocks.1.memory.wkv.weight": 0.02,
         "blocks.1.attn_connection.weight": 0.02,
     }

@@ -1,0 +1,114 @@
+"""The README keeps its word: numbers stand in committed files, paths exist, commands run."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engram.config import load_config
+from engram.model.accounting import count_parameters
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+# What makes a config small enough to run here without changing what a command does.
+SMALL = (
+    "model.num_layers=2 model.hidden_size=32 model.moe.num_experts=4 model.moe.expert_dim=16 train.steps=2 "
+    "model.memory.rows_per_head=64 train.batch_size=2 train.compile=false train.wandb.mode=disabled train.threads=1 "
+    "eval.tokens=512 eval.sample_tokens=4 data.sequence_length=32"
+).split()
+
+
+def _rows(heading: str) -> list[list[str]]:
+    """Cells of the first table after `heading`, its head and rule left out."""
+    after = README.split(heading, 1)[1]
+    lines = re.search(r"(?:^\|.*\n)+", after, re.MULTILINE)
+    assert lines, f"no table after {heading!r}"
+    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in lines.group().splitlines()[2:]]
+
+
+def _commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_config_table_states_counts_and_committed_losses() -> None:
+    rows = _rows("## Configs")
+    assert len(rows) >= 5
+    for name, total, activated, memory, tokens, minutes, loss in rows:
+        config = load_config(ROOT / "configs" / f"{name.strip('`')}.yaml")
+        counts = count_parameters(config.model)
+        expected = [f"{count / 1e6:.2f} M" for count in (counts.total, counts.activated, counts.memory)]
+        assert [total, activated, memory] == expected, name
+        assert tokens == f"{config.tokens_per_step * config.train.steps / 1e6:.2f} M", name
+        run = ROOT / "results" / name.strip("`")
+        done = json.loads((run / "done.json").read_text())
+        assert loss == f"{done['val_loss']:.3f}", name
+        assert done["step"] == config.train.steps and minutes
+        assert load_config(run / "config.yaml").model == config.model, f"{name} has changed since its run"
+
+
+def test_quickstart_table_equals_the_committed_run() -> None:
+    losses = json.loads((ROOT / "results/quickstart/losses.json").read_text())
+    table = {row[0]: row[1] for row in _rows("## Two commands")}
+    assert table == {name: f"{value:.3f}" for name, value in losses.items()}
+    done = json.loads((ROOT / "results/quickstart/done.json").read_text())
+    assert losses["this model"] == pytest.approx(done["val_loss"], abs=2e-3)
+    assert losses["this model"] < losses["bigram"] - 0.15
+
+
+def test_speed_table_equals_the_committed_measurement() -> None:
+    (path,) = [ROOT / name for name in re.findall(r"\((benchmarks/results/training_\S+\.jsonl)\)", README)]
+    measured = {row["contender"]: row for row in map(json.loads, path.read_text().splitlines())}
+    for contender, step, ratio in _rows("## Speed"):
+        assert step == f"{measured[contender]['median_ms']:.0f} ms", contender
+        assert ratio == f"{measured[contender]['speed_against_best_peer']:.2f}", contender
+
+
+def test_every_path_exists() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    tree = README.split("## Where things are", 1)[1].split("```")[1]
+    folders = [""]
+    for line in filter(str.strip, tree.splitlines()):
+        name = line.split()[0]
+        if "<" in name:
+            continue
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth + 1 :] = [folders[depth] + name if name.endswith("/") else folders[depth]]
+        assert (ROOT / folders[depth] / name).exists(), folders[depth] + name
+
+
+@pytest.mark.timeout(300)
+def test_commands_run(tmp_path: Path) -> None:
+    """In their order, in an empty folder, with this interpreter; only sizes differ."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    # What `make quickstart` does first.
+    commands = [
+        ".venv/bin/python -m engram.data prepare configs/quickstart.yaml",
+        ".venv/bin/python train.py configs/quickstart.yaml run_dir=runs/quickstart",
+        *_commands(),
+    ]
+    assert len(commands) > 10
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert words[1] in targets, command
+            continue
+        assert words.pop(0) == ".venv/bin/python", command
+        if words[0] == "train.py":
+            # Overrides on the line come last and win; without a memory its rows cannot be set.
+            small = [each for each in SMALL if not ("model.memory=null" in words and each.startswith("model.memory."))]
+            words[2:2] = small
+            words = [word for word in words if word != "train.steps=50"]
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (tmp_path / "gates.html").exists()
