@@ -18,10 +18,20 @@ README = (ROOT / "README.md").read_text()
 
 # What makes a config small enough to run here without changing what a command does.
 SMALL = (
-    "model.num_layers=2 model.hidden_size=32 model.moe.num_experts=4 model.moe.expert_dim=16 train.steps=2 "
-    "model.memory.rows_per_head=64 train.batch_size=2 train.compile=false train.wandb.mode=disabled train.threads=1 "
-    "eval.tokens=512 eval.sample_tokens=4 data.sequence_length=32"
-).split()
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.moe.num_experts=4",
+    "model.moe.expert_dim=16",
+    "model.memory.rows_per_head=64",
+    "data.sequence_length=32",
+    "train.steps=2",
+    "train.batch_size=2",
+    "train.compile=false",
+    "train.threads=1",
+    "train.wandb.mode=disabled",
+    "eval.tokens=512",
+    "eval.sample_tokens=4",
+)
 
 
 def _rows(heading: str) -> list[list[str]]:

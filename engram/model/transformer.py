@@ -193,13 +193,14 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the parts between matrix products. Blocks share them, so depth costs no compilation."""
         self._compiled = True
-        for block in self.blocks:
-            _compile(block, "attend", "feed")
-            for connection in (block.memory_connection, block.attn_connection, block.ffn_connection):
-                if isinstance(connection, HyperConnection):
-                    _compile(connection, "read", "write")
-            if block.memory is not None:
-                _compile(block.memory, "fuse")
+        for module in self.modules():
+            match module:
+                case Block():
+                    _compile(module, "attend", "feed")
+                case HyperConnection():
+                    _compile(module, "read", "write")
+                case Engram():
+                    _compile(module, "fuse")
 
     def _moe_layers(self) -> list[MoE]:
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]

@@ -24,7 +24,8 @@ model = config.model.replace(
 torch.manual_seed(0)
 net = Transformer(model).train()
 net.compute_dtype = torch.bfloat16
-optimizer = build_optimizer(net.named_parameters(), config.optim.replace(table=config.optim.table.replace(kind="row_adam")))
+optim = config.optim.replace(table=config.optim.table.replace(kind="row_adam"))
+optimizer = build_optimizer(net.named_parameters(), optim)
 tokens = torch.randint(0, 16_384, (1, 257))
 before = {name: parameter.detach().flatten()[:64].clone() for name, parameter in net.named_parameters()}
 loss = net.loss(tokens[:, :-1], tokens[:, 1:])
