@@ -197,8 +197,8 @@ class MemoryConfig(NgramConfig):
     projection_bias: bool = False
     # True: gains are stored as their difference from 1 (Qwen3.8).
     zero_centred_gains: bool = False
-    norm_eps: NonNegative = 1e-6
-    conv_norm_eps: NonNegative = 1e-5
+    norm_eps: Positive = 1e-6
+    conv_norm_eps: Positive = 1e-5
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -224,7 +224,7 @@ class ModelConfig(_Settings):
     hyper_connection: HyperConnectionConfig | None = None
     memory: MemoryConfig | None = None
     over_encoding: OverEncodingConfig | None = None
-    norm_eps: NonNegative = 1e-6
+    norm_eps: Positive = 1e-6
     init_std: NonNegative = 0.02
 
     @property
@@ -418,10 +418,6 @@ class TrainConfig(_Settings):
     # Non-finite losses or gradients that are skipped before the run stops with status 3.
     skip_nonfinite: Index = 0
     wandb: WandbConfig = WandbConfig()
-
-    @property
-    def accumulation_steps(self) -> int:
-        return self.batch_size // (self.micro_batch_size or self.batch_size)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

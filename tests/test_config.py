@@ -106,7 +106,7 @@ def test_derived_numbers(file: Path) -> None:
     assert memory and moe
     assert (list(memory.orders), memory.d_mem) == ([2, 3, 4], 3 * 2 * 3)
     assert model.attention.qk_head_dim == 8
-    assert (config.tokens_per_step, config.train.accumulation_steps) == (48, 3)
+    assert config.tokens_per_step == 48
     assert [model.is_moe_layer(layer) for layer in range(3)] == [False, True, True]
     # One shared expert; the dense layer is as wide as that and the two chosen experts together.
     assert (moe.shared_width, model.dense_width) == (8, 24)

@@ -137,4 +137,4 @@ class Decoder:
             else:
                 x = block.memory_connection(x, lambda u: window.remember(u.unsqueeze(2), hash_ids_BTH).squeeze(2))
         x = block.attn_connection(x, lambda u: latents.attend(block.attn_norm(u), start, rope, mask_TS))
-        return block.ffn_connection(x, lambda u: block.ffn(block.ffn_norm(u)))
+        return block.ffn_connection(x, block.feed)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -50,7 +51,7 @@ def _build(compiler: str, source: Path, library: Path) -> None:
     # Built aside and renamed: processes that start together never load half a file.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        command = [compiler, *FLAGS, str(source), "-o", str(built), "-lm"]
+        command = [*shlex.split(compiler), *FLAGS, str(source), "-o", str(built), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise NativeUnavailable(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")

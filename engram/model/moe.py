@@ -3,6 +3,8 @@
 Legend: B batch, L sequence, T = B L tokens, D hidden, E experts, K experts per token.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +68,16 @@ class Experts(nn.Module):
         return moe_experts(x_TD, ids_TK, weights_TK, self.gate_up.to(x_TD.dtype), self.down.to(x_TD.dtype))
 
 
+class Routed(NamedTuple):
+    """What a MoE layer computes, and what its balance needs to know; the caller records that (or not, when a checkpointed
+    block is run a second time)."""
+
+    output: Tensor
+    # Choices of each expert, float32 [E], and the sequence-wise balance loss, in training mode.
+    load: Tensor | None = None
+    balance_loss: Tensor | None = None
+
+
 class MoE(nn.Module):
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
@@ -73,22 +85,22 @@ class MoE(nn.Module):
         self.router = Router(config, hidden_size)
         self.experts = Experts(config, hidden_size)
         self.shared = FeedForward(hidden_size, config.shared_width) if config.shared_width else None
-        # Sequence-wise balance loss of the last forward pass in training mode.
-        self.balance_loss: Tensor | None = None
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor) -> Routed:
         x_TD = x_BLD.flatten(0, 1)
         weights_TK, ids_TK, scores_TE = self.router(x_TD)
-        if self.training:
-            chosen_TE = torch.zeros_like(scores_TE).scatter_(1, ids_TK, 1.0)
-            self.router.load += chosen_TE.sum(0)
-            if self.config.sequence_balance_loss:
-                shape = (*x_BLD.shape[:2], -1)
-                self.balance_loss = sequence_balance_loss(scores_TE.view(shape), chosen_TE.view(shape), self.config)
         y_TD = self.experts(x_TD, ids_TK, weights_TK)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view_as(x_BLD)
+        y_BLD = y_TD.view_as(x_BLD)
+        if not self.training:
+            return Routed(y_BLD)
+        chosen_TE = torch.zeros_like(scores_TE).scatter_(1, ids_TK, 1.0)
+        balance = None
+        if self.config.sequence_balance_loss:
+            shape = (*x_BLD.shape[:2], -1)
+            balance = sequence_balance_loss(scores_TE.view(shape), chosen_TE.view(shape), self.config)
+        return Routed(y_BLD, chosen_TE.sum(0), balance)
 
 
 def sequence_balance_loss(scores_BLE: Tensor, chosen_BLE: Tensor, config: MoEConfig) -> Tensor:

@@ -5,11 +5,12 @@ Legend: B batch, T tokens, G residual streams, D hidden, V vocabulary, H n-gram 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engram.config import ModelConfig, NgramConfig
+from engram.config import ModelConfig, NgramConfig, UserError
 from engram.kernels.linear_cross_entropy import linear_cross_entropy, token_cross_entropy
 from engram.memory.engram import Engram
 from engram.memory.hashing import NgramHash
@@ -21,7 +22,7 @@ from engram.model.ffn import FeedForward
 from engram.model.hyper_connection import HyperConnection, Readout, ResidualConnection, expand
 from engram.model.init import init_weights
 from engram.model.linear import Linear
-from engram.model.moe import MoE
+from engram.model.moe import MoE, Routed
 from engram.model.norm import RMSNorm
 from engram.model.rope import inverse_frequencies, rope_tables, table_scale
 
@@ -53,6 +54,10 @@ class Block(nn.Module):
             self.ffn = MoE(config.moe, config.hidden_size)
         else:
             self.ffn = FeedForward(config.hidden_size, config.dense_width)
+        # On during the model's own forward pass: a checkpointed block runs again in the backward pass, and must not
+        # count its experts' loads or leave a loss a second time.
+        self.recording = False
+        self.balance_loss: Tensor | None = None
 
     def forward(
         self, x_BTGD: Tensor, hash_ids_BTH: Tensor | None, rope: tuple[Tensor, Tensor], mask: Tensor | None
@@ -67,6 +72,16 @@ class Block(nn.Module):
         return self.attn(self.attn_norm(u_BTD), rope, mask)
 
     def feed(self, u_BTD: Tensor) -> Tensor:
+        fed = self._feed(u_BTD)
+        if isinstance(fed, Tensor):
+            return fed
+        if self.recording and fed.load is not None:
+            assert isinstance(self.ffn, MoE)
+            self.ffn.router.load += fed.load
+            self.balance_loss = fed.balance_loss
+        return fed.output
+
+    def _feed(self, u_BTD: Tensor) -> Tensor | Routed:
         return self.ffn(self.ffn_norm(u_BTD))
 
     def _remember(self, x: Tensor, hash_ids: Tensor | None) -> Tensor:
@@ -81,6 +96,16 @@ def _connection(config: ModelConfig, index: int) -> nn.Module:
     if config.hyper_connection is None:
         return ResidualConnection()
     return HyperConnection(config.hyper_connection, config.hidden_size, config.norm_eps, index)
+
+
+def _adopt_vocabulary(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """The map travels with the weights: under another one, they would be read at other rows."""
+    assert isinstance(model, Transformer)
+    saved = state.get(prefix + "token_map")
+    if saved is None or saved.shape != model.token_map.shape or saved.is_meta:
+        return
+    if not np.array_equal(saved.cpu().numpy(), model.vocabulary.table):
+        model.adopt_vocabulary(VocabularyMap(saved.cpu().numpy()))
 
 
 def _compile(module: nn.Module, *methods: str) -> None:
@@ -104,7 +129,7 @@ class Transformer(nn.Module):
         self._identity = VocabularyMap.identity(model.vocab_size)
         self.vocabulary = vocabulary or self._identity
         if len(self.vocabulary.table) != model.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the vocabulary map covers {len(self.vocabulary.table)} token ids, but model.vocab_size is "
                 f"{model.vocab_size}: make them equal"
             )
@@ -134,6 +159,7 @@ class Transformer(nn.Module):
         self.register_buffer("token_map", torch.tensor(self.vocabulary.table))
         self.register_buffer("rope_frequencies", inverse_frequencies(model.attention), persistent=False)
         init_weights(self, model)
+        self.register_load_state_dict_pre_hook(_adopt_vocabulary)
 
     def forward(self, tokens_BT: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Logits float32 [B, T, V]. `document_ids` int64 [B, T] isolates look-back and, if configured, attention."""
@@ -154,9 +180,10 @@ class Transformer(nn.Module):
         x_BTD = self.hidden(tokens, document_ids)
         loss = linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, targets.flatten(), compiled=self._compiled)
         loss = loss / (targets != IGNORE).sum().clamp(min=1)
-        for layer in self._moe_layers():
-            if self.training and layer.balance_loss is not None:
-                loss = loss + layer.balance_loss
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            if block.balance_loss is not None:
+                loss, block.balance_loss = loss + block.balance_loss, None
         return loss
 
     @torch.no_grad()
@@ -164,6 +191,16 @@ class Transformer(nn.Module):
         """Cross-entropy of each target, float32 [B, T]; 0 where the target is -100. Without a gradient."""
         x_BTD = self.hidden(tokens, document_ids)
         return token_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, targets.flatten()).view_as(targets)
+
+    def adopt_vocabulary(self, vocabulary: VocabularyMap) -> None:
+        """Hash by another map of the same length. Tables keep their sizes: multipliers and the pad id follow it."""
+        self.vocabulary = vocabulary
+        memory = self.config.memory
+        if memory is not None:
+            self.hasher = NgramHash.from_config(memory, self._keys(memory), memory.layer_ids)
+        if self.over_encoding is not None:
+            config = self.over_encoding.config
+            self.over_encoding.hasher = NgramHash.from_config(config, self._keys(config), layer_ids=(0,))
 
     def hash_ids(self, tokens_BT: Tensor, document_ids: Tensor | None = None) -> dict[int, Tensor]:
         """Table rows int64 [B, T, H] that each memory layer reads: a pure function of the tokens."""
@@ -196,7 +233,7 @@ class Transformer(nn.Module):
         for module in self.modules():
             match module:
                 case Block():
-                    _compile(module, "attend", "feed")
+                    _compile(module, "attend", "_feed")
                 case HyperConnection():
                     _compile(module, "read", "write")
                 case Engram():
@@ -222,6 +259,11 @@ class Transformer(nn.Module):
         return rope, (same & causal).unsqueeze(1)
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        assert isinstance(block, Block)
+        block.recording = True
+        try:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return block(*inputs)
+        finally:
+            block.recording = False

@@ -30,6 +30,6 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
         return torch.zeros(())
     device = gradients[0].device
     norm = torch.linalg.vector_norm(torch.stack([each.to(device) for each in torch._foreach_norm(gradients)]))
-    if max_norm is not None and max_norm < float(norm) < math.inf:
-        torch._foreach_mul_(gradients, max_norm / float(norm))
+    if max_norm is not None and max_norm < (value := norm.item()) < math.inf:
+        torch._foreach_mul_(gradients, max_norm / value)
     return norm

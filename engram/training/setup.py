@@ -70,11 +70,9 @@ def build_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> T
 
 
 def vocabulary_map(model: ModelConfig, tokenizer: Tokenizer) -> VocabularyMap | None:
-    """Compressed ids where the model's tables ask for them. Raises UserError: two kinds of tables that disagree."""
-    wanted = {tables.compression for tables in (model.memory, model.over_encoding) if tables is not None}
-    if len(wanted) > 1:
-        raise UserError("model.memory.compression and model.over_encoding.compression differ: make them equal")
-    return VocabularyMap.from_texts(tokenizer.texts(), tokenizer.raw_tokens()) if True in wanted else None
+    """Compressed ids, where the model's tables ask for them."""
+    wanted = any(tables is not None and tables.compression for tables in (model.memory, model.over_encoding))
+    return VocabularyMap.from_texts(tokenizer.texts(), tokenizer.raw_tokens()) if wanted else None
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from engram.model.transformer import IGNORE, Transformer
 from engram.optim.clip import clip_grad_norm
 from engram.optim.optimizer import RoleOptimizer
+from engram.optim.sparse import coalesce
 from engram.training.evaluation import TokenBatch, to_device
 
 
@@ -49,8 +50,17 @@ def accumulate(model: Transformer, batch: TokenBatch, micro_batch_size: int, dev
     for count, tokens, targets, document_ids in zip(counts, *parts, strict=True):
         loss = model.loss(tokens, targets, document_ids) * (int(count.sum()) / all_targets)
         loss.backward()
+        if len(counts) > 1:
+            _merge_table_gradients(model)
         total += loss.detach()
     return total
+
+
+def _merge_table_gradients(model: Transformer) -> None:
+    """One entry per row: added up as they come, the reads of all micro-batches would pile up."""
+    for table in model.tables():
+        if table.weight.grad is not None and table.weight.grad.is_sparse:
+            table.weight.grad = coalesce(table.weight.grad)
 
 
 def apply_gradient(model: Transformer, optimizer: RoleOptimizer, lr: float) -> None:

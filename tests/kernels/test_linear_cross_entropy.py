@@ -15,6 +15,7 @@ def test_loss_and_gradients_equal_the_reference(
 ) -> None:
     linear_cross_entropy = functools.partial(module.linear_cross_entropy, compiled=compiled)
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(module, "MIN_TOKENS", 1)
     x, weight = torch.randn(23, 17).to(dtype), torch.randn(37, 17)
     targets = torch.randint(0, 37, (23,))
     targets[[0, 5, 22]] = -100
@@ -22,8 +23,7 @@ def test_loss_and_gradients_equal_the_reference(
     for function in (linear_cross_entropy, lambda *inputs: linear_cross_entropy_ref(*inputs).sum()):
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         loss = function(*leaves, targets)
-        # A factor that rounding to bfloat16 keeps.
-        results.append((loss, *torch.autograd.grad(loss * 0.75, leaves)))
+        results.append((loss, *torch.autograd.grad(loss / 4067, leaves)))
     for name, got, want in zip(("loss", "x", "weight"), *results, strict=True):
         assert got.dtype == want.dtype
         error = (got.double() - want.double()).abs().max() / want.double().abs().max()
@@ -33,6 +33,7 @@ def test_loss_and_gradients_equal_the_reference(
 @pytest.mark.parametrize("chunk_logits", [37, 37 * 5, 2**24])
 def test_losses_of_single_tokens(monkeypatch: pytest.MonkeyPatch, chunk_logits: int) -> None:
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(module, "MIN_TOKENS", 1)
     x, weight, targets = torch.randn(23, 17), torch.randn(37, 17), torch.randint(0, 37, (23,))
     targets[[3, 4]] = -100
     losses = token_cross_entropy(x, weight, targets)
@@ -55,3 +56,19 @@ def test_all_targets_ignored() -> None:
     loss = linear_cross_entropy(x, torch.randn(5, 3), torch.full((4,), -100))
     loss.backward()
     assert loss == 0 and (x.grad == 0).all()
+
+
+def test_the_loss_scales_all_gradients_alike() -> None:
+    """1 / 4067 is no bfloat16 number: rounding it would scale the backbone's gradient but not the head's."""
+    x, weight = torch.randn(4000, 17).bfloat16().requires_grad_(), torch.randn(37, 17)
+    targets = torch.randint(0, 37, (4000,))
+    whole = torch.autograd.grad(linear_cross_entropy(x, weight, targets), x)[0].float()
+    scaled = torch.autograd.grad(linear_cross_entropy(x, weight, targets) / 4067, x)[0].float()
+    ratio = (scaled * 4067 * whole).sum() / whole.square().sum()
+    assert abs(ratio.item() - 1) < 4e-4
+
+
+def test_no_gradient_is_computed_where_none_is_wanted() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
+    with torch.no_grad():
+        assert linear_cross_entropy(x, weight, torch.zeros(4, dtype=torch.int64)).grad_fn is None

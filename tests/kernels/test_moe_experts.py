@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.kernels.moe_experts import moe_experts, moe_experts_ref
+from engram.kernels.moe_experts import grouped, moe_experts, moe_experts_ref
 from engram.kernels.moe_experts.grouped import BLOCK, assign_slots
 
 NAMES = ("x", "weights", "gate_up", "down")
@@ -59,7 +59,8 @@ def test_slots_are_a_padded_grouping(tokens: int, experts: int, top_k: int) -> N
     choices = tokens * top_k
     assert torch.equal(choice_of_slot[slot_of_choice], torch.arange(choices))
     assert (choice_of_slot != choices).sum() == choices
-    assert ends[-1] == len(choice_of_slot) and (ends.diff() >= 0).all() and (ends % BLOCK == 0).all()
+    assert (ends.diff() >= 0).all() and (ends % BLOCK == 0).all()
+    assert ends[-1] <= len(choice_of_slot) and (choice_of_slot[ends[-1] :] == choices).all()
     expert_of_slot = torch.searchsorted(ends.long(), slot_of_choice, right=True)
     assert torch.equal(expert_of_slot, ids.flatten())
     # Within an expert, tokens keep their order.
@@ -67,6 +68,19 @@ def test_slots_are_a_padded_grouping(tokens: int, experts: int, top_k: int) -> N
     for expert in range(experts):
         mine = used[ids.flatten()[used] == expert]
         assert (mine.diff() > 0).all()
+
+
+def test_unwritten_rows_are_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped products leave rows behind the last group undefined: NaN there must reach nothing."""
+
+    def poisoned(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        product = torch.nn.functional.grouped_mm(a, b, offs=ends)
+        if b.dim() == 3:
+            product[ends[-1] :] = float("nan")
+        return product
+
+    monkeypatch.setattr(grouped, "grouped_product", poisoned)
+    _check(_inputs(130, 16, 5, 16), torch.rand(130, 5).topk(2).indices, 3e-6)
 
 
 def test_padding_cannot_leak() -> None:

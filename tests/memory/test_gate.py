@@ -57,7 +57,7 @@ def test_gates_equal_the_loops(gate: str, zero_centred: bool, eps: float) -> Non
 
 
 def test_the_score_by_hand() -> None:
-    module, _ = one_head([[3.0, 0.0, 4.0, 0.0, 0.0]], norm_eps=0.0)
+    module, _ = one_head([[3.0, 0.0, 4.0, 0.0, 0.0]], norm_eps=1e-30)
     hidden = torch.tensor([1.0, 2.0, 2.0, 0.0, 0.0]).expand(1, 1, STREAMS, WIDTH)
     # |h| = 3, |k| = 5, h.k = 11: score = sqrt(5) * 11/15, and its sign follows the key's.
     score = math.sqrt(5) * 11 / 15
@@ -65,7 +65,7 @@ def test_the_score_by_hand() -> None:
     assert_close(module.gates(hidden, all_ids(1)), [[expected]], "gate")
     value = [[[[4 * alpha * x for x in (3.0, 0.0, 4.0, 0.0, 0.0)] for alpha in expected]]]
     assert_close(module(hidden, all_ids(1)), value, "engram")
-    plain, _ = one_head([[3.0, 0.0, 4.0, 0.0, 0.0]], norm_eps=0.0, gate="plain")
+    plain, _ = one_head([[3.0, 0.0, 4.0, 0.0, 0.0]], norm_eps=1e-30, gate="plain")
     expected = [sigmoid(math.copysign(score, scale)) for scale in KEY_SCALES]
     assert_close(plain.gates(hidden, all_ids(1)), [[expected]], "gate")
 
@@ -138,7 +138,7 @@ def test_huge_and_tiny_values_stay_finite(size: float) -> None:
 
 
 def test_aligned_vectors_reach_the_ends_of_the_range() -> None:
-    module, _ = one_head([ONES], norm_eps=0.0)
+    module, _ = one_head([ONES], norm_eps=1e-30)
     aligned = module.gates(torch.tensor(ONES).expand(1, 1, STREAMS, WIDTH) * 7, all_ids(1))
     expected = [sigmoid(math.copysign(WIDTH**0.25, scale)) for scale in KEY_SCALES]
     assert_close(aligned, [[expected]], "gate")

@@ -51,12 +51,14 @@ def test_mix_contracts_the_axis_that_sums_to_one() -> None:
     assert (transposed - x).abs().max() > 0.01
 
 
-def test_streams_do_not_drift_over_many_layers() -> None:
-    x = torch.randn(4, 6, 4, 10)
-    start = x.abs().amax()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+def test_streams_that_agree_stay_as_they_are_over_many_layers(dtype: torch.dtype, tolerance: float) -> None:
+    """Rows that sum to 0.87 instead of 1 would leave nothing after 60 layers."""
+    start = torch.randn(4, 6, 1, 10).expand(-1, -1, 4, -1).to(dtype)
+    x = start
     for layer in range(60):
-        x = _randomise(_connection(4, layer))(x, lambda u: torch.zeros_like(u))
-    assert x.abs().amax() <= start * 1.0001
+        x = _randomise(_connection(4, layer))(x, torch.zeros_like)
+    assert (x - start).abs().max() <= tolerance * start.abs().max()
 
 
 @pytest.mark.parametrize("streams", [1, 2, 4])

@@ -139,21 +139,41 @@ def test_vocabulary_map_travels_with_the_weights_and_decides_the_rows() -> None:
     assert not torch.equal(raw.hash_ids(tokens)[1], raw.hash_ids(twin)[1])
 
 
+@pytest.mark.parametrize("variant", ["engram", "over_encoding"])
+def test_loaded_weights_bring_their_map(variant: str) -> None:
+    table = np.arange(61)
+    table[40:] = np.arange(21)
+    config = ModelConfig(**VARIANTS[variant])
+    mapped, other = Transformer(config, VocabularyMap(table)).eval(), Transformer(config).eval()
+    tokens = _tokens()
+    other.load_state_dict(mapped.state_dict())
+    assert other.vocabulary.digest == mapped.vocabulary.digest
+    assert torch.equal(other(tokens), mapped(tokens))
+
+
 def test_map_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="covers 60 token ids, but model.vocab_size is 61"):
         Transformer(ModelConfig(**BASE), VocabularyMap(np.arange(60)))
 
 
 @pytest.mark.parametrize("variant", ["engram", "over_encoding"])
-def test_checkpointed_activations_give_equal_gradients(variant: str) -> None:
-    model = _model(variant).train()
+def test_checkpointed_activations_give_equal_gradients_and_loads(variant: str) -> None:
+    model = _model(variant, moe=MOE | dict(sequence_balance_loss=0.1)).train()
     tokens, targets = _tokens(), _tokens()
-    gradients = []
+    gradients, loads = [], []
     for checkpointing in (False, True):
         model.activation_checkpointing = checkpointing
         model.zero_grad()
         model.loss(tokens, targets).backward()
+        loads.append(model.blocks[1].ffn.router.load.clone())
+        model.update_router_bias()
+        for block in model.blocks:
+            # Neither counted twice nor kept: a second graph would hold all activations.
+            assert block.balance_loss is None
+            if block.ffn is not model.blocks[0].ffn:
+                block.ffn.router.bias.zero_()
         gradients.append({name: p.grad.to_dense().clone() for name, p in model.named_parameters()})
+    assert torch.equal(loads[0], loads[1]) and loads[0].sum() == 2 * 19 * 2
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 

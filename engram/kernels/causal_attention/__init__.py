@@ -25,5 +25,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
         return causal_attention_blocks(q, k, v, mask, scale)
     # CPU's fused kernel refuses values narrower than queries: zeros fill them up.
     missing = max(q.shape[-1] - v.shape[-1], 0) if on_cpu else 0
-    out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, missing)), mask, is_causal=mask is None, scale=scale)
+    wide = F.pad(v, (0, missing)) if missing else v
+    out = F.scaled_dot_product_attention(q, k, wide, mask, is_causal=mask is None, scale=scale)
     return out[..., : v.shape[-1]]

@@ -12,8 +12,11 @@ from engram.kernels.linear_cross_entropy.reference import linear_cross_entropy_r
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_ref", "token_cross_entropy"]
 
 IGNORE = -100
-# Logits in one chunk: 2^22 float32 values are 16 MiB, which the last cache level may hold.
+# Logits in one chunk: 2^22 float32 values are 16 MiB, which a CPU's last cache level may hold; a GPU wants more work.
 CHUNK_LOGITS = 2**22
+CHUNK_LOGITS_CUDA = 2**27
+# Every chunk reads the whole head and adds to its whole gradient: fewer tokens would not pay for that.
+MIN_TOKENS = 128
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, compiled: bool = False) -> Tensor:
@@ -23,6 +26,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, compiled
     targets int64 [T]. A sum scales its gradient by one number, so the gradient is taken while a chunk's logits are at
     hand and no product is computed twice. `compiled` fuses what lies between the products.
     """
+    if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        return token_cross_entropy(x, weight, targets).sum()
     return _LinearCrossEntropy.apply(x, weight, targets, compiled)
 
 
@@ -30,21 +35,19 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, compiled
 def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Loss of each token, float32 [T], 0 where the target is -100; without a gradient."""
     head = weight.to(x.dtype)
-    losses = [_losses((x[part] @ head.t()).float(), targets[part])[0] for part in _chunks(len(x), len(weight))]
+    losses = [_losses((x[part] @ head.t()).float(), targets[part])[0] for part in _chunks(x, weight)]
     return torch.cat(losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, compiled: bool) -> Tensor:
-        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            return token_cross_entropy(x, weight, targets).sum()
         loss_and_delta = _compiled_loss_and_delta() if compiled else _loss_and_delta
         head = weight.to(x.dtype)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-        for part in _chunks(len(x), len(weight)):
+        for part in _chunks(x, weight):
             loss, delta = loss_and_delta(x[part] @ head.t(), targets[part])
             total += loss
             grad_x[part] = delta @ head
@@ -55,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grads[0].to(grad_x.dtype), grad_weight * grads[0], None, None
+        return (grad_x.float() * grads[0]).to(grad_x.dtype), grad_weight * grads[0], None, None
 
 
 def _loss_and_delta(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +82,6 @@ def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(targets == IGNORE, 0.0, log_norms - picked), log_norms
 
 
-def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
-    size = max(CHUNK_LOGITS // vocab_size, 1)
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
+    size = max((CHUNK_LOGITS_CUDA if x.is_cuda else CHUNK_LOGITS) // len(weight), MIN_TOKENS)
+    return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]

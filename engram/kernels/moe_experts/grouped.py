@@ -28,8 +28,10 @@ def assign_slots(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     num_choices = flat.numel()
     sorted_slots = torch.arange(num_choices, device=flat.device) + shift_E[flat[order]]
     slot_of_choice = torch.empty_like(order).scatter_(0, order, sorted_slots)
-    # A bound that does not depend on the routing keeps shapes static: every expert may need one partial block.
-    num_slots = (num_choices + BLOCK - 1) // BLOCK * BLOCK + num_experts * BLOCK
+    # A bound that does not depend on the routing keeps shapes static: each expert that can be chosen may need one
+    # partial block. Slots behind the last expert's end are never written and never read.
+    most = num_choices + min(num_experts, num_choices) * (BLOCK - 1)
+    num_slots = (most + BLOCK - 1) // BLOCK * BLOCK
     choice_of_slot = torch.full((num_slots,), num_choices, dtype=torch.int64, device=flat.device)
     choice_of_slot.scatter_(0, slot_of_choice, torch.arange(num_choices, device=flat.device))
     return slot_of_choice, choice_of_slot, ends_E.to(torch.int32)

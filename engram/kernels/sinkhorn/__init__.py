@@ -38,6 +38,8 @@ def _backward(logits: Tensor, grad: Tensor, steps: int, impl: str) -> Tensor:
 
 def _native(logits: Tensor, impl: str) -> bool:
     """The one place that chooses."""
+    if impl not in ("auto", "reference", "native"):
+        raise ValueError(f"impl is {impl!r}, but the sinkhorn has auto, reference and native")
     suited = logits.device.type == "cpu" and logits.dtype == torch.float32
     if impl == "native" and not suited:
         raise RuntimeError(f"the native sinkhorn is for float32 on CPU, not {logits.dtype} on {logits.device.type}")

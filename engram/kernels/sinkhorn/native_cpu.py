@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 
 from engram.kernels.native import load_library
+from engram.kernels.sinkhorn.reference import positive_matrix
 
 SOURCE = Path(__file__).with_name("native.c")
 
 
 def sinkhorn_native(logits: Tensor, steps: int) -> Tensor:
-    x = torch.exp(logits - logits.amax((0, 1)))
+    x = positive_matrix(logits)
     out = torch.empty_like(x)
     _call("sinkhorn_forward", (x, out), steps)
     return out
 
 
 def sinkhorn_backward_native(logits: Tensor, grad: Tensor, steps: int) -> Tensor:
-    x = torch.exp(logits - logits.amax((0, 1)))
+    x = positive_matrix(logits)
     grad_x = torch.empty_like(x)
     _call("sinkhorn_backward", (x, grad, grad_x), steps)
     return grad_x * x
