@@ -46,12 +46,12 @@ class NgramHash:
     ) -> None:
         if not layer_ids or list(layer_ids) != sorted(set(layer_ids)):
             raise UserError(
-                f"layer_ids are {list(layer_ids)}, but must ascend without repeats: primes are drawn in order"
+                f"layer_ids are {list(layer_ids)}, but must ascend without repeats"
             )
         if num_heads < 1 or max_ngram_size < 2 or any(rows < 2 for rows in rows_per_head):
             raise UserError(
-                f"num_heads {num_heads}, max_ngram_size {max_ngram_size} and rows_per_head {list(rows_per_head)} must be "
-                "at least 1, 2 and 2"
+                f"num_heads {num_heads}, max_ngram_size {max_ngram_size} and rows_per_head {list(rows_per_head)} must "
+                "be at least 1, 2 and 2"
             )
         if not 0 <= pad_id < vocabulary_size:
             raise UserError(f"pad_id is {pad_id}, but compressed ids are 0 to {vocabulary_size - 1}")

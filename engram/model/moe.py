@@ -69,8 +69,10 @@ class Experts(nn.Module):
 
 
 class Routed(NamedTuple):
-    """What a MoE layer computes, and what its balance needs to know; the caller records that (or not, when a checkpointed
-    block is run a second time)."""
+    """What a MoE layer computes, and what its balance needs to know.
+
+    The caller records the latter, or not: a checkpointed block is run a second time.
+    """
 
     output: Tensor
     # Choices of each expert, float32 [E], and the sequence-wise balance loss, in training mode.
