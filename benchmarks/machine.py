@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from engram.training.run_folder import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return {
         "machine": name,
         "device": device,
@@ -31,10 +33,3 @@ def save_results(rows: list[dict[str, Any]], machine: dict[str, Any], part: str)
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps({**machine, **row}) + "\n" for row in rows))
     return path
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

@@ -26,12 +26,18 @@ class _Settings(BaseModel):
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
 
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"a number is wanted, not {str(value).lower()}")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1)]
+Index = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0)]
+NonNegative = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0)]
+Fraction = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=1)]
+Seed = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, lt=2**32)]
 
 
 # --------------------------------------------------------------------------------------------------------------- model
