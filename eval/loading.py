@@ -23,7 +23,14 @@ class Loaded:
     step: int
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt. Raises UserError where there are none."""
+        """Token ids of a prompt. Raises UserError where there are none, or the prompt is no text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text's character {error.start} is {text[error.start]!r}, half of a surrogate pair: "
+                "give valid UTF-8"
+            ) from None
         ids = self.tokenizer.encode(text)
         if not ids:
             raise UserError("the text is empty: give at least one character")
@@ -56,13 +63,19 @@ def load(path: str | Path, device: str = "auto", dtype: str = "float32", threads
 
 def open_split(folder: str | Path, tokenizer: Tokenizer, split: str = "validation") -> Dataset:
     """A split of a prepared folder. Raises UserError: not prepared, damaged, or made with another tokenizer."""
-    dataset = Dataset(folder, "train" if split == "train" else "validation")
+    dataset = Dataset(folder, "train" if split == "train" else "validation", verify=True)
     if dataset.manifest.tokenizer.digest != tokenizer.digest:
         raise UserError(
             f"{folder}: was prepared with tokenizer {dataset.manifest.tokenizer.digest[:12]}..., but the checkpoint "
             f"was trained with {tokenizer.digest[:12]}...: give the data that belongs to the checkpoint with --data"
         )
     return dataset
+
+
+def check_target(path: Path) -> None:
+    """Raise UserError, before anything is measured, where a page cannot stand."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: name a file with --out, such as {path / 'page.html'}")
 
 
 def _device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from engram.data.loader import Batch, validation_batches
 from engram.data.shards import Dataset
@@ -172,20 +173,23 @@ def measure(folder: str | Path, sequence_length: int, max_tokens: int | None) ->
     A result is kept beside the data as `ngram_<key>.json`, the key being a digest of shards, method and arguments.
     Raises DataError.
     """
-    train, validation = Dataset(folder, "train"), Dataset(folder, "validation")
+    train, validation = Dataset(folder, "train", verify=True), Dataset(folder, "validation")
     shards = {name: record.sha256 for name, record in train.manifest.files.items() if name.endswith((".bin", ".idx"))}
     question = [_METHOD, MAX_TRAIN_TOKENS, sequence_length, max_tokens, sorted(shards.items())]
     key = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16]
     path = Path(folder) / f"ngram_{key}.json"
-    if path.exists():
-        return Baselines(**json.loads(path.read_text()))
+    # A cache that is not there, or broken, costs a recount, nothing else.
+    with contextlib.suppress(OSError, ValueError):
+        return TypeAdapter(Baselines).validate_json(path.read_bytes())
     batches = validation_batches(validation, sequence_length, 64, max_tokens)
     result = score(train, batches, train.vocab_size)
-    # A folder that may only be read costs a recount, nothing else.
+    temporary = path.with_suffix(f".{os.getpid()}")
+    # So does a folder that may only be read.
     with contextlib.suppress(OSError):
-        temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(asdict(result), indent=2) + "\n")
         temporary.replace(path)
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
     return result
 
 

@@ -9,11 +9,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from engram.config import UserError
 from engram.model.accounting import ParameterCounts, count_parameters
 from engram.report.figure import to_csv
 from engram.report.page import Page
 from eval import gates
 from eval.curves import loss_figure, schedule_figure, statistics_figure
+from eval.loading import check_target
 from eval.ngram import Baselines
 from eval.perplexity import bits_per_byte
 from eval.runs import Run, read_run
@@ -30,12 +32,16 @@ def write_report(
     page in `<page>_figures`. Raises UserError.
     """
     names = run_names([Path(folder) for folder in folders])
-    runs = [read_run(folder, name, **options) for folder, name in zip(folders, names, strict=True)]
     first = Path(folders[0])
-    default = first / "report.html" if len(runs) == 1 else first.resolve().parent / "comparison.html"
+    default = first / "report.html" if len(folders) == 1 else first.resolve().parent / "comparison.html"
     path = Path(out) if out else default
-    page = build_page(runs, path.with_name(f"{path.stem}_figures"))
-    return page.write(path), runs
+    check_target(path)
+    runs = [read_run(folder, name, **options) for folder, name in zip(folders, names, strict=True)]
+    try:
+        page = build_page(runs, path.with_name(f"{path.stem}_figures"))
+        return page.write(path), runs
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}: name another file with --out") from None
 
 
 def build_page(runs: Sequence[Run], figures: Path) -> Page:

@@ -175,7 +175,13 @@ def test_shipped_configs_load_count_and_explain_themselves(path: Path, tmp_path:
             "data.sources=[{name: sotu, txt_key: body}]",
             "data.sources.0.txt_key: unknown key (value 'body'); did you mean 'text_key'?",
         ),
-        ("train.2=3", "train.2: unknown key (value 3); did you mean "),
+        ("train.2=3", "train.2: unknown key (value 3); the keys here are steps, batch_size, micro_batch_size, "),
+        ("quantize=3", "quantize: unknown key (value 3); the keys here are model, data, train, optim, eval, "),
+        # Nothing where something is wanted.
+        ("run_dir=", "run_dir: is empty, but input should be a valid string"),
+        ("run_dir=''", "run_dir: string should have at least 1 character, got ''"),
+        ("data.path=''", "data.path: string should have at least 1 character, got ''"),
+        ("data.sources=[{path: ''}]", "data.sources.0.path: string should have at least 1 character, got ''"),
         # Wrong types and ranges: path, limit, value.
         ("train.steps=many", "train.steps: input should be a valid integer, unable to parse string as an integer, "),
         (
@@ -269,11 +275,11 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
     assert complaint(missing) == "cannot be read: No such file or directory"
     assert complaint(tmp_path) == "cannot be read: Is a directory"
     for text, message in (
-        ("train: [", "is not valid YAML: while parsing a flow node"),
+        ("train: [", f"{file}:1:9: is not valid YAML: while parsing a flow node: "),
         ("train: 2001-99-99", "is not valid YAML: month must be in 1..12"),
-        ("train: {steps: 1}\ntrain: {steps: 2}", "is not valid YAML: key 'train' stands twice"),
-        ("? [a]\n: 1", "is not valid YAML: "),
-        ("!!python/object/apply:os.getcwd []", "is not valid YAML: could not determine a constructor"),
+        ("train: {steps: 1}\ntrain: {steps: 2}", f"{file}:2:1: is not valid YAML: key 'train' stands twice"),
+        ("? [a]\n: 1", f"{file}:1:3: is not valid YAML: "),
+        ("!!python/object/apply:os.getcwd []", f"{file}:1:1: is not valid YAML: could not determine a constructor"),
         ("- 1", "holds list, but a config is a mapping of sections"),
         ("", "holds NoneType, but a config is a mapping of sections"),
         ("base: none.yaml", f"{missing}: cannot be read: No such file or directory"),

@@ -1,6 +1,7 @@
 """Command line of the data room: prepare a folder of shards, list the known corpora, look into a prepared folder."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from engram.data.shards import verify_folder
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 wrong input (one message), 130 interrupted (nothing half-written is left)."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     errors = Console(stderr=True)
     # A polite kill cleans up like an interrupt does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -28,13 +29,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _list(Console())
         else:
             _inspect(options.folder, Console())
+        sys.stdout.flush()
     except UserError as error:
         errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         errors.print("interrupted: nothing half-written is left", style="red")
         return 130
+    except BrokenPipeError:
+        # Who read our output has closed it, like `head`; the flush at exit must not fail on it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides behind an option are left over by argparse, which takes all positional arguments at the first of them.
+    if rest and (options.command != "prepare" or any(part.startswith("-") for part in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -61,9 +61,10 @@ def open_sources(config: SourceConfig, cache: Path, progress: Progress) -> list[
     names = LARGE if config.name == "large" else (str(config.name),)
     for name in names:
         if name not in corpora:
-            near = difflib.get_close_matches(name, [*corpora, "large"], n=1, cutoff=0.0)
+            near = difflib.get_close_matches(name, [*corpora, "large"], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(corpora)} and large;"
             raise DataError(
-                f"data.sources name {name!r}: no such corpus; did you mean {near[0]!r}? "
+                f"data.sources name {name!r}: no such corpus; {hint} "
                 "python -m engram.data list shows all; your own files go under path"
             )
     return [corpora[name].open(cache, progress) for name in names]

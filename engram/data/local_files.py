@@ -68,7 +68,7 @@ def _read_jsonl(file: Path, text_key: str) -> Iterator[Document]:
             place = f"{file}:{number}"
             try:
                 record = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: is not JSON ({error}): a .jsonl file has one JSON object per line") from None
             if not isinstance(record, dict) or text_key not in record:
                 keys = ", ".join(map(repr, record)) if isinstance(record, dict) else f"it is a {type(record).__name__}"
@@ -99,9 +99,17 @@ def _read_parquet(file: Path, text_key: str) -> Iterator[Document]:
             raise DataError(f"{file}: column {text_key!r} holds {kind}, not strings: set text_key of the source")
         row = 0
         for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                if text is None:
+            # As bytes: parquet promises that strings are UTF-8, but nobody checks it.
+            for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                if data is None:
                     raise DataError(f"{file}: row {row} has no {text_key!r} (null): fill it, or drop the row")
+                try:
+                    text = data.decode()
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{file}: row {row} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start:,}: "
+                        "repair or drop the row"
+                    ) from None
                 yield Document(text, {"origin": f"{file}: row {row}"})
                 row += 1
 

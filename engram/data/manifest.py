@@ -3,14 +3,16 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engram.data.errors import DataError
 
 NAME = "manifest.json"
 Split = Literal["train", "validation"]
+# How every complaint about a damaged folder ends.
+PREPARE_AGAIN = "prepare again with python -m engram.data prepare CONFIG --force"
 
 
 class _Record(BaseModel):
@@ -27,8 +29,8 @@ class ShardRecord(_Record):
 
     file: str
     index: str
-    tokens: int
-    documents: int
+    tokens: int = Field(ge=1)
+    documents: int = Field(ge=1)
 
 
 class SplitRecord(_Record):
@@ -36,7 +38,7 @@ class SplitRecord(_Record):
     documents: int
     # sha256 over the documents' digests, in order.
     digest: str
-    shards: list[ShardRecord]
+    shards: list[ShardRecord] = Field(min_length=1)
 
 
 class SourceRecord(_Record):
@@ -82,6 +84,19 @@ class Manifest(_Record):
     # Every file of the folder but the manifest itself.
     files: dict[str, FileRecord]
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for split in ("train", "validation"):
+            if split not in self.splits:
+                raise ValueError(f"splits.{split} is missing")
+            record = self.splits[split]
+            if record.tokens != sum(shard.tokens for shard in record.shards):
+                raise ValueError(f"splits.{split}.tokens is not the sum over its shards")
+            for name in (name for shard in record.shards for name in (shard.file, shard.index)):
+                if name not in self.files:
+                    raise ValueError(f"files.{name} is missing")
+        return self
+
     def save(self, folder: Path) -> None:
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
         (folder / NAME).write_text(text + "\n", encoding="utf-8")
@@ -101,9 +116,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
+        message = first["msg"].removeprefix("Value error, ")
         raise DataError(
-            f"{path}: is cut short or not a manifest of format 1 ({where}: {first['msg']}): "
-            "prepare again with python -m engram.data prepare CONFIG --force"
+            f"{path}: is cut short or not a manifest of format 1 ({where}: {message}): {PREPARE_AGAIN}"
         ) from None
 
 

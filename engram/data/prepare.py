@@ -4,6 +4,7 @@ Everything is written into a hidden folder beside the target and renamed at the 
 finished one. A lock lets one process work while others wait and then find the result.
 """
 
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from engram.data.folder import alone, check_replaceable, replace_folder
 from engram.data.manifest import Manifest, Split, SplitRecord, TokenizerRecord, read_manifest
 from engram.data.progress import Progress
 from engram.data.settings import check_settings, content_settings
-from engram.data.shards import ShardWriter, check_files, record_files, token_dtype
+from engram.data.shards import ShardWriter, record_files, token_dtype, verify_folder
 from engram.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from engram.data.tokenizer_training import excerpts, train_tokenizer
 
@@ -41,13 +42,12 @@ def prepare(config: Config, *, force: bool = False, console: "Console | None" = 
     settings = content_settings(config)
     try:
         with alone(folder, progress):
+            check_replaceable(folder)
             if not force and folder.exists() and any(folder.iterdir()):
-                manifest = read_manifest(folder)
-                check_settings(folder, manifest.settings, settings)
-                check_files(folder, manifest)
+                check_settings(folder, read_manifest(folder).settings, settings)
+                verify_folder(folder)
                 progress.say(f"{folder}: already prepared with these settings (--force prepares it again)")
                 return folder
-            check_replaceable(folder)
             work = folder.absolute().with_name(f".{folder.name}.preparing")
             # Left by a process that was killed: the lock says that nobody works in it.
             shutil.rmtree(work, ignore_errors=True)
@@ -58,7 +58,9 @@ def prepare(config: Config, *, force: bool = False, console: "Console | None" = 
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be prepared: {error}: free space, or choose another data.path") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason, remedy = (f"disk full: {error}", "free space, or ") if full else (f"{error}", "")
+        raise DataError(f"{folder}: cannot be prepared: {reason}: {remedy}choose another data.path") from None
     splits = ", ".join(f"{split.tokens:,} tokens for {name}" for name, split in manifest.splits.items())
     progress.say(f"{folder}: prepared: {splits}")
     return folder

@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.data.errors import DataError
-from engram.data.manifest import FileRecord, Manifest, ShardRecord, Split, SplitRecord, file_digest, read_manifest
+from engram.data.manifest import (
+    PREPARE_AGAIN,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    Split,
+    SplitRecord,
+    file_digest,
+    read_manifest,
+)
 
 # Tokens looked at in one go while ids are checked: bounds the memory.
 _CHECKED_AT_ONCE = 1 << 22
@@ -103,7 +112,7 @@ class Dataset:
         self._shards = [_map_shard(self.folder / shard.file, self.manifest.dtype) for shard in record.shards]
         if verify:
             verify_folder(self.folder)
-        starts = [np.load(self.folder / shard.index) for shard in record.shards]
+        starts = [_read_index(self.folder, shard) for shard in record.shards]
         self.documents: NDArray[np.int64] = np.concatenate(
             [index + start for index, start in zip(starts, self._starts, strict=True)]
         )
@@ -136,28 +145,36 @@ class Dataset:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare presence and size of every file, and the tokenizer's digest, with the manifest. Raises DataError."""
+    """Compare every file's presence and size, and the tokenizer's digest, with the manifest. Raises DataError."""
     for name, record in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise DataError(f"{path}: is missing, though the manifest lists it: prepare again with --force")
+            raise DataError(f"{path}: is missing, though the manifest lists it: {PREPARE_AGAIN}")
         if path.stat().st_size != record.bytes:
             raise DataError(
                 f"{path}: has {path.stat().st_size:,} bytes, but the manifest says {record.bytes:,}: "
-                "the file was cut short or replaced; prepare again with --force"
+                f"the file was cut short or replaced; {PREPARE_AGAIN}"
+            )
+    itemsize = np.dtype(manifest.dtype).itemsize
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        size = manifest.files[shard.file].bytes
+        if size != shard.tokens * itemsize:
+            raise DataError(
+                f"{folder / shard.file}: has {size:,} bytes, but the manifest's {shard.tokens:,} tokens of "
+                f"{manifest.dtype} are {shard.tokens * itemsize:,}: {PREPARE_AGAIN}"
             )
     tokenizer = folder / manifest.tokenizer.file
     if not tokenizer.is_file() or file_digest(tokenizer) != manifest.tokenizer.digest:
         raise DataError(
             f"{tokenizer}: is not the tokenizer that made the shards (sha256 {manifest.tokenizer.digest[:12]}...): "
-            "put that one back, or prepare again with --force"
+            f"put that one back, or {PREPARE_AGAIN}"
         )
 
 
 def verify_folder(folder: str | Path) -> Manifest:
     """Compare every file's size and checksum with the manifest, and every token id with the vocabulary.
 
-    Raises DataError.
+    Raises DataError. Takes a second per GB: whoever is about to read the shards calls it once.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -167,7 +184,7 @@ def verify_folder(folder: str | Path) -> Manifest:
         if found != record.sha256:
             raise DataError(
                 f"{folder / name}: its sha256 is {found[:12]}..., but the manifest says {record.sha256[:12]}...: "
-                "the file changed; prepare again with --force"
+                f"the file changed; {PREPARE_AGAIN}"
             )
     for split in manifest.splits.values():
         for shard in split.shards:
@@ -178,9 +195,23 @@ def verify_folder(folder: str | Path) -> Manifest:
                     position = start + int(outside.argmax())
                     raise DataError(
                         f"{folder / shard.file}: token {position:,} is {tokens[position]}, but ids end at "
-                        f"{manifest.tokenizer.vocab_size - 1}: prepare again with --force"
+                        f"{manifest.tokenizer.vocab_size - 1}: {PREPARE_AGAIN}"
                     )
     return manifest
+
+
+def _read_index(folder: Path, shard: ShardRecord) -> NDArray[np.int64]:
+    try:
+        with (folder / shard.index).open("rb") as file:
+            starts = np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"{folder / shard.index}: is not an array of positions ({error}): {PREPARE_AGAIN}") from None
+    if starts.dtype != np.int64 or starts.shape != (shard.documents,):
+        raise DataError(
+            f"{folder / shard.index}: holds {starts.dtype} {list(starts.shape)}, but the shard has {shard.documents:,} "
+            f"documents: {PREPARE_AGAIN}"
+        )
+    return starts
 
 
 def _map_shard(path: Path, dtype: str) -> NDArray:

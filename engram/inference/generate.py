@@ -3,6 +3,7 @@
 Legend: B batch, T tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -98,8 +99,8 @@ def _check(
         )
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be 0 or more")
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}, but must be 0 (the likeliest token) or more")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature is {temperature}, but must be 0 (the likeliest token) or more, and finite")
     if top_k is not None and not 1 <= top_k <= vocab_size:
         raise UserError(f"top_k is {top_k}, but must be 1 to {vocab_size} (the vocabulary)")
     if top_p is not None and not 0 < top_p <= 1:

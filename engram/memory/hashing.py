@@ -45,9 +45,7 @@ class NgramHash:
         look_back: Literal["sequence", "segment", "eos"] = "segment",
     ) -> None:
         if not layer_ids or list(layer_ids) != sorted(set(layer_ids)):
-            raise UserError(
-                f"layer_ids are {list(layer_ids)}, but must ascend without repeats"
-            )
+            raise UserError(f"layer_ids are {list(layer_ids)}, but must ascend without repeats")
         if num_heads < 1 or max_ngram_size < 2 or any(rows < 2 for rows in rows_per_head):
             raise UserError(
                 f"num_heads {num_heads}, max_ngram_size {max_ngram_size} and rows_per_head {list(rows_per_head)} must "

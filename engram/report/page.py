@@ -102,8 +102,11 @@ class Page:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(self.render(), encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(self.render(), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
         return path
 
 

@@ -4,7 +4,6 @@ A checkpoint alone suffices to generate text: it carries config, tokenizer and v
 compared on every load, because a drifted tokenizer or multiplier would silently re-address every row of the tables.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ from engram.training.checkpoint_files import (
     CheckpointError,
     Contents,
     latest_checkpoint,
+    other_checkpoint,
     read_config,
+    read_state,
     read_tensors,
     save_step,
     verify,
@@ -98,12 +99,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{folder}: does not exist: give a run folder or one of its step_... folders")
         folder = latest_checkpoint(folder) or folder
     verify(folder)
-    state = json.loads((folder / "state.json").read_text())
+    state = read_state(folder)
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder / 'state.json'}: is of format {state.get('format')}, but this code reads format {FORMAT}: use "
             "the code of the commit in the run's code.json"
         )
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("hash_recipe"), dict):
+        raise CheckpointError(f"{folder / 'state.json'}: is damaged: {other_checkpoint(folder)}")
     return Checkpoint(folder, read_config(folder), state)
 
 

@@ -20,6 +20,8 @@ from engram.training.files import move_into_place, point, remove_folder, sha256,
 
 LATEST = "latest"
 CHECKSUMS = "checksums.json"
+# No folder without these is a checkpoint.
+ESSENTIAL = ("model.safetensors", "state.json", "config.yaml")
 
 
 class CheckpointError(UserError):
@@ -103,19 +105,33 @@ def verify(folder: Path) -> None:
     """Compare every file with its checksum. Raises CheckpointError naming the file and what to do."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
+        if not isinstance(checksums, dict) or not checksums.keys() >= set(ESSENTIAL):
+            raise ValueError
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: is not a checkpoint: {CHECKSUMS} is missing") from None
     except ValueError:
-        raise CheckpointError(f"{folder / CHECKSUMS}: is damaged: {_other_checkpoint(folder)}") from None
+        raise CheckpointError(f"{folder / CHECKSUMS}: is damaged: {other_checkpoint(folder)}") from None
     for name, expected in checksums.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: is missing: {_other_checkpoint(folder)}")
+            raise CheckpointError(f"{path}: is missing: {other_checkpoint(folder)}")
         if (found := sha256(path)) != expected:
             raise CheckpointError(
-                f"{path}: is damaged: its sha256 is {found[:12]}..., but {CHECKSUMS} says {expected[:12]}...: "
-                + _other_checkpoint(folder)
+                f"{path}: is damaged: its sha256 is {found[:12]}..., but {CHECKSUMS} says {str(expected)[:12]}...: "
+                + other_checkpoint(folder)
             )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Content of `state.json`. Raises CheckpointError: not an object with a format."""
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text())
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{path}: is damaged: {other_checkpoint(folder)}")
+    return state
 
 
 def read_tensors(path: Path, *names: str) -> dict[str, Tensor]:
@@ -124,7 +140,7 @@ def read_tensors(path: Path, *names: str) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in names or file.keys()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): {_other_checkpoint(path.parent)}") from None
+        raise CheckpointError(f"{path}: cannot be read ({error}): {other_checkpoint(path.parent)}") from None
 
 
 def read_config(folder: Path) -> Config:
@@ -152,7 +168,8 @@ def _fill(building: Path, contents: Contents) -> None:
     sync(building)
 
 
-def _other_checkpoint(folder: Path) -> str:
+def other_checkpoint(folder: Path) -> str:
+    """What to do about a damaged checkpoint, as the end of a message."""
     others = [path.name for path in step_folders(folder.parent) if path.name != folder.name]
     if not others:
         return "restore it from a copy, or delete the run folder and start anew"

@@ -1,5 +1,6 @@
 """What people read: log.txt, and a progress bar, or plain lines where stderr is not a terminal."""
 
+import contextlib
 import logging
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,20 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
+
+# logger.info(..., extra=LOG_FILE_ONLY): what would be too long or too much for the terminal.
+LOG_FILE_ONLY = {"log_file_only": True}
+
+
+class LogFile(logging.FileHandler):
+    """log.txt; where the disk takes no more, lines are lost without a word: whatever else is written says why."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class RunConsole:
@@ -72,7 +87,7 @@ class RunConsole:
         self._bar.update(self._task, completed=step, metrics=f"{loss}  {_validation(self._val_loss)}{speed}")
         rest = f"lr {metrics['lr']:.3g}  grad norm {metrics['grad_norm']:.3f}  {duration(seconds_left)} left"
         line = f"step {step}/{self._steps}  {loss}  {_validation(val_loss)}{speed}  {rest}"
-        logger.info(line, extra={"shown_by_bar": self.terminal.is_terminal})
+        logger.info(line, extra=LOG_FILE_ONLY if self.terminal.is_terminal else None)
 
     def _console_handler(self) -> logging.Handler:
         if self.terminal.is_terminal:
@@ -82,7 +97,7 @@ class RunConsole:
         else:
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.addFilter(lambda record: not getattr(record, "shown_by_bar", False))
+        handler.addFilter(lambda record: not getattr(record, "log_file_only", False))
         return handler
 
 
@@ -93,7 +108,7 @@ def duration(seconds: float) -> str:
 
 
 def _file_handler(path: Path) -> logging.Handler:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 

@@ -17,11 +17,15 @@ def unfinished(path: Path) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by a file that holds `text`; a crash leaves the old file or the new one, never a part."""
     building = unfinished(path)
-    with open(building, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(building, path)
+    try:
+        with open(building, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(building, path)
+    except OSError:
+        building.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

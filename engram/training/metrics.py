@@ -41,7 +41,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics file; a last line that a killed process left unfinished is dropped."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = _text(path).split("\n")
     # What follows the last line feed is empty, or unfinished.
     return [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines[:-1], start=1)]
 
@@ -51,15 +51,23 @@ def cut_after(path: Path, step: int) -> None:
     lines = read_metrics(path)
     kept = [line for line in lines if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    if path.exists() and text != path.read_text(encoding="utf-8"):
+    if path.exists() and text != _text(path):
         write_atomically(path, text)
+
+
+def _text(path: Path) -> str:
+    # A damaged byte makes its line unreadable, not the file.
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        metrics = json.loads(line)
     except ValueError:
         raise UserError(f"{where} is not JSON: repair or remove that line") from None
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
+        raise UserError(f"{where} is no object with a step: repair or remove that line")
+    return metrics
 
 
 def _finite(value: Any) -> Any:

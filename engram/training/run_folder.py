@@ -6,12 +6,14 @@
 config that does not fit the folder, is reported at once.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -58,40 +60,52 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.path = Path(config.run_dir)
+        self.path = Path(config.run_dir).expanduser()
         # Settings changed since the last start whose only effect is rounding: "train.threads: 1 -> 2".
         self.rounding_changes: list[str] = []
         self.leftovers: list[str] = []
         self._lock: int | None = None
+        self._created = False
 
     def __enter__(self) -> Self:
-        """Create or reopen the folder. Raises RunFolderError: in use, another config, not writable."""
+        """Create or reopen the folder. Raises RunFolderError: in use, another config, not writable, not a run's."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir(parents=True)
+                self._created = True
+            self._refuse_other_folders()
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RunFolderError(f"run_dir {self.path}: cannot be written ({error.strerror}): choose another") from None
-        try:
             self._take_lock()
             self._check_config()
             self.leftovers = remove_unfinished(self.path)
-        except BaseException:
+        except BaseException as error:
+            self._remove_if_unused()
             self._release()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            reason = error.strerror or error
+            raise RunFolderError(f"run_dir {self.path}: cannot be written ({reason}): choose another") from None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._remove_if_unused()
         self._release()
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """Content of `done.json`, or None while the run has steps to go."""
-        try:
-            return json.loads((self.path / "done.json").read_text())
-        except FileNotFoundError:
+        """Content of `done.json`, or None while the run has steps to go. Raises RunFolderError: damaged."""
+        return self._read("done.json", "delete it, and the same command goes on from the latest checkpoint", "step")
+
+    @property
+    def finished_note(self) -> str | None:
+        """What to tell whoever starts a finished run again."""
+        done = self.finished
+        if done is None:
             return None
+        return f"{self.path} is finished after step {done['step']}: nothing to do (another run needs another run_dir)"
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as done."""
@@ -102,28 +116,59 @@ class RunFolder:
 
         Called once everything is ready to train: what failed before leaves the config free to be corrected.
         """
+        advice = "delete it: the run goes on, without the record of its earlier starts"
+        code = self._read("code.json", advice, "starts")
+        try:
+            earlier = code["starts"] if code else []
+            run_id = earlier[-1]["run_id"] if earlier else uuid.uuid4().hex[:12]
+        except (KeyError, TypeError):
+            raise RunFolderError(f"{self.path / 'code.json'}: is damaged: {advice}") from None
         building = unfinished(self.path / "config.yaml")
         save_config(self.config, building)
         sync(building)
         os.replace(building, self.path / "config.yaml")
-        path = self.path / "code.json"
-        earlier = json.loads(path.read_text())["starts"] if path.exists() else []
-        run_id = earlier[-1]["run_id"] if earlier else uuid.uuid4().hex[:12]
         start = {"run_id": run_id, **provenance(), **facts}
-        write_atomically(path, json.dumps({"starts": [start, *earlier]}, indent=2) + "\n")
+        write_atomically(self.path / "code.json", json.dumps({"starts": [start, *earlier]}, indent=2) + "\n")
         return run_id
+
+    def _read(self, name: str, advice: str, key: str) -> dict[str, Any] | None:
+        """A JSON object that holds `key`, or None where there is no such file."""
+        try:
+            content = json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or key not in content:
+            raise RunFolderError(f"{self.path / name}: is damaged: {advice}")
+        return content
+
+    def _refuse_other_folders(self) -> None:
+        names = {path.name for path in self.path.iterdir()}
+        if names and not names & {"config.yaml", "lock", "latest"}:
+            raise RunFolderError(
+                f"run_dir {self.path}: holds files, but no run (neither config.yaml nor lock): choose a new folder"
+            )
 
     def _take_lock(self) -> None:
         assert self._lock is not None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._lock, 200, 0).decode() or "another process"
+            # Made by us a moment ago, and now another's.
+            self._created = False
+            holder = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
             raise RunFolderError(
                 f"run_dir {self.path}: in use by {holder}: wait until it ends, stop it, or choose another run_dir"
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def _remove_if_unused(self) -> None:
+        """A start that failed leaves no folder behind that it made."""
+        with contextlib.suppress(OSError):
+            if self._created and {path.name for path in self.path.iterdir()} <= {"lock", "log.txt"}:
+                shutil.rmtree(self.path)
 
     def _release(self) -> None:
         # Closing gives the lock back; a killed process gives it back as well.
@@ -132,8 +177,10 @@ class RunFolder:
             self._lock = None
 
     def _check_config(self) -> None:
-        path = self.path / "config.yaml"
-        if not path.exists():
+        # Without its own config, a run still is what its checkpoints say.
+        places = [self.path, self.path / "latest", *sorted(self.path.glob("step_*"), reverse=True)]
+        path = next((place / "config.yaml" for place in places if (place / "config.yaml").exists()), None)
+        if path is None:
             return
         try:
             saved = load_config(path)

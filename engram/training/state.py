@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.config import Config
+from engram.config import Config, UserError
 from engram.data.loader import Loader
 from engram.model.transformer import Transformer
 from engram.optim.optimizer import RoleOptimizer
 from engram.training import random_state
 from engram.training.checkpoint import FORMAT, Checkpoint, CheckpointError, hash_recipe
-from engram.training.checkpoint_files import Contents
+from engram.training.checkpoint_files import Contents, other_checkpoint
 from engram.training.setup import RunData, environment
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,18 @@ class RunState:
         return Contents(files, state, self.config, self.data.tokenizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint. Raises CheckpointError: other data, tokenizer, hash recipe or shapes."""
+        """Go on from a checkpoint. Raises CheckpointError: other data, tokenizer, hash recipe or shapes; damaged."""
+        try:
+            self._restore(checkpoint)
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{checkpoint.folder / 'state.json'}: is damaged ({type(error).__name__}: {error}): "
+                + other_checkpoint(checkpoint.folder)
+            ) from error
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         for part, digest in self._identity().items():
             if state[part] != digest:

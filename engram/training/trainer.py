@@ -8,7 +8,7 @@ from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
-from engram.config import Config
+from engram.config import Config, UserError
 from engram.data.errors import DataError
 from engram.data.loader import Batch, Loader, validation_batches
 from engram.model.accounting import count_parameters
@@ -18,12 +18,19 @@ from engram.training import random_state
 from engram.training.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
 from engram.training.checkpoint_files import write_folder
 from engram.training.clock import Clock
-from engram.training.console import RunConsole
+from engram.training.console import LOG_FILE_ONLY, RunConsole
 from engram.training.evaluation import validation_loss
 from engram.training.files import write_atomically
 from engram.training.metrics import MetricsFile, read_metrics
 from engram.training.run_folder import RunFolder, RunFolderError
-from engram.training.setup import build_model, choose_device, configure_process, environment, open_data
+from engram.training.setup import (
+    build_model,
+    choose_device,
+    configure_process,
+    enough_memory,
+    environment,
+    open_data,
+)
 from engram.training.signals import StopRequest
 from engram.training.state import RunState
 from engram.training.statistics import layer_statistics
@@ -48,8 +55,10 @@ class Trainer:
     GPU, as far as its kernels sum in a fixed order).
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, folder: RunFolder | None = None) -> None:
+        """`folder`: the run folder, where the caller has entered it already."""
         self.config = config
+        self._entered = folder
         train = config.train
         self.last_step = min(train.steps, train.stop_after or train.steps)
         self.micro_batch_size = train.micro_batch_size or train.batch_size
@@ -57,24 +66,29 @@ class Trainer:
     def fit(self) -> Exit:
         """Train until `train.steps`, or `train.stop_after`, and save. Raises UserError."""
         with ExitStack() as stack:
-            self.folder = stack.enter_context(RunFolder(self.config))
-            self.console = stack.enter_context(RunConsole(self.folder.path / "log.txt", self.config.train.steps))
-            if self.folder.finished is not None:
-                logger.info(
-                    "%s is finished after step %d: nothing to do (another run needs another run_dir)",
-                    self.folder.path,
-                    self.folder.finished["step"],
-                )
-                return Exit.DONE
+            self.folder = self._entered or stack.enter_context(RunFolder(self.config))
             try:
-                return self._fit(stack)
+                return self._fit_logged()
             except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                where = self.folder.path
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                what = "the disk is full: free space" if full else f"{error.strerror or error}: put that right"
                 raise RunFolderError(
-                    f"{where}: the disk is full: free space, and the same command goes on from the last checkpoint"
+                    f"{error.filename or self.folder.path}: {what}, and the same command goes on from the last "
+                    "checkpoint"
                 ) from error
+
+    def _fit_logged(self) -> Exit:
+        with ExitStack() as stack:
+            self.console = stack.enter_context(RunConsole(self.folder.path / "log.txt", self.config.train.steps))
+            try:
+                if (note := self.folder.finished_note) is not None:
+                    logger.info(note)
+                    return Exit.DONE
+                return self._fit(stack)
+            except (UserError, OSError) as error:
+                # Whoever called prints it.
+                logger.error("%s", error, extra=LOG_FILE_ONLY)
+                raise
 
     def _fit(self, stack: ExitStack) -> Exit:
         for name in self.folder.leftovers:
@@ -104,8 +118,9 @@ class Trainer:
         device = choose_device(config.train.device)
         data = open_data(config, self.console.terminal)
         random_state.seed_all(config.seed)
-        model = build_model(config, data.tokenizer, device)
-        optimizer = build_optimizer(model.named_parameters(), config.optim)
+        with enough_memory(config, device):
+            model = build_model(config, data.tokenizer, device)
+            optimizer = build_optimizer(model.named_parameters(), config.optim)
         loader = Loader(
             data.training,
             config.data.sequence_length,
@@ -191,15 +206,17 @@ class Trainer:
 
     def _validation_batches(self) -> Iterator[Batch]:
         data, length = self.state.data.validation, self.config.data.sequence_length
-        return validation_batches(data, length, self.config.eval.batch_size, self.config.eval.tokens)
+        batches = validation_batches(data, length, self.config.eval.batch_size, self.config.eval.tokens)
+        return map(self._check_tokens, batches)
 
-    def _check_tokens(self, batch: Batch) -> None:
+    def _check_tokens(self, batch: Batch) -> Batch:
         highest, size = int(batch.tokens.max()), self.config.model.vocab_size
         if highest >= size:
             raise DataError(
                 f"{self.config.data.path}: a shard holds token {highest}, but model.vocab_size is {size}: the file is "
                 "damaged; check it with python -m engram.data inspect, and prepare the folder again"
             )
+        return batch
 
     def _write_post_mortem(self, batch: Batch, line: dict[str, Any], what: str) -> None:
         """Save what the diverged step started from: weights and moments before it, its batch, its metrics."""
@@ -218,8 +235,19 @@ class Trainer:
             f"total {counts.total:,} (vocabulary {counts.vocabulary:,} apart), activated {counts.activated:,}, "
             f"memory {counts.memory:,}, sparse {counts.sparse:,}\n\n{self.state.optimizer.roles_table()}\n"
         )
+        train = self.config.train
+        logger.info(
+            "%s: %s, %s, %s parameters (%s in n-gram tables), %s steps x %s tokens",
+            self.folder.path,
+            self.state.device,
+            train.dtype,
+            f"{counts.total + counts.vocabulary:,}",
+            f"{counts.memory:,}",
+            f"{train.steps:,}",
+            f"{self.config.tokens_per_step:,}",
+        )
         if self.state.step == 0:
-            logger.info("parameters: %s", table)
+            logger.info("parameters: %s", table, extra=LOG_FILE_ONLY)
         write_atomically(self.folder.path / "parameters.txt", table)
 
     def _finish(self) -> None:
@@ -232,4 +260,14 @@ class Trainer:
             "skipped_steps": state.skipped,
         }
         self.folder.finish(summary)
-        logger.info("finished after step %d: validation loss %s", state.step, summary["val_loss"])
+        if state.skipped:
+            logger.warning("%d of %d steps skipped: loss or gradient not finite", state.skipped, state.step)
+        if summary["val_loss"] is None:
+            logger.warning(
+                "finished after step %d, but the validation loss is not finite: the model is of no use; lower optim.lr "
+                "or optim.clip_norm in another run_dir",
+                state.step,
+            )
+        else:
+            logger.info("finished after step %d: validation loss %.4f", state.step, summary["val_loss"])
+        logger.info("next: python -m eval report %s", self.folder.path)

@@ -67,6 +67,8 @@ def test_large_opens_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_unknown_name() -> None:
     with pytest.raises(DataError, match=r"name 'sotuu': no such corpus; did you mean 'sotu'\?"):
         open_sources(SourceConfig(name="sotuu"), Path("unused"), Progress())
+    with pytest.raises(DataError, match=r"name 'quiz': no such corpus; known are sotu, .* and large; python -m"):
+        open_sources(SourceConfig(name="quiz"), Path("unused"), Progress())
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ def test_jsonl(tmp_path: Path) -> None:
         (b'{"text": ', r"a\.jsonl:2: is not JSON"),
         (b'{"body": "x"}', r"a\.jsonl:2: has no key 'text' \('body'\): set text_key"),
         (b'["x"]', r"a\.jsonl:2: has no key 'text' \(it is a list\)"),
+        (b"[" * 100_000, r"a\.jsonl:2: is not JSON \(maximum recursion depth"),
         (b'{"text": 5}', r"a\.jsonl:2: 'text' is of type int, not text"),
         (b'{"text": "\xff"}', r"a\.jsonl: is not UTF-8: byte 0xff at offset 28:"),
     ],
@@ -78,6 +79,14 @@ def test_bad_parquet(tmp_path: Path, columns: dict[str, list], message: str) -> 
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=message):
         texts_of(tmp_path / "a.parquet")
+
+
+def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+    data = pyarrow.array([b"caf\xc3\xa9", b"caf\xe9"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, data.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: row 1 is not UTF-8: byte 0xe9 at offset 3: repair or drop"):
+        texts_of(tmp_path)
 
 
 def test_truncated_parquet(tmp_path: Path) -> None:

@@ -46,6 +46,18 @@ def test_overrides_and_force(config_file: Path, capsys: pytest.CaptureFixture[st
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "data.split_seed was 0, is 4" in error
     assert main([*changed, "--force"]) == 0
+    assert main(["prepare", str(config_file), "--force", "data.split_seed=5", "data.sequence_length=8"]) == 0
+    for wrong in (["prepare", str(config_file), "--forse"], ["list", "data.split_seed=5"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+
+
+def test_a_reader_that_leaves() -> None:
+    command = (sys.executable, "-m", "engram.data", "list")
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,24 @@ def test_other_format(make_folder: FolderMaker, change: dict, where: str) -> Non
         read_manifest(path.parent)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (("splits", "validation"), r"format 1 \(the file: splits\.validation is missing\)"),
+        (("files", "train_000.idx"), r"files\.train_000\.idx is missing"),
+        (("files",), "files: Field required"),
+    ],
+)
+def test_what_every_manifest_has(make_folder: FolderMaker, keys: tuple[str, ...], message: str) -> None:
+    path = make_folder([[5]]) / NAME
+    tree = json.loads(path.read_text())
+    section = tree if len(keys) == 1 else tree[keys[0]]
+    del section[keys[-1]]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=message):
+        read_manifest(path.parent)
+
+
 def test_missing(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(

@@ -102,6 +102,11 @@ def test_damaged_folder_is_reported_and_replaced_by_force(config: Config) -> Non
     (folder / "train_001.bin").unlink()
     with pytest.raises(DataError, match=r"train_001\.bin: is missing"):
         prepare(config)
+    prepare(config, force=True)
+    data = (folder / "train_000.bin").read_bytes()
+    (folder / "train_000.bin").write_bytes(data[::-1])
+    with pytest.raises(DataError, match=r"train_000\.bin: its sha256 is .*prepare CONFIG --force"):
+        prepare(config)
     (folder / NAME).write_text("{")
     with pytest.raises(DataError, match="cut short"):
         prepare(config)
@@ -114,9 +119,18 @@ def test_folder_with_other_files_is_never_touched(config: Config) -> None:
     folder.mkdir()
     (folder / "thesis.tex").write_text("x")
     for force in (False, True):
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match=r"holds files but no manifest\.json.*choose another data\.path"):
             prepare(config, force=force)
     assert contents(folder) == {"thesis.tex": b"x"}
+
+
+def test_a_file_in_the_way(config: Config) -> None:
+    Path(config.data.path).write_text("x")
+    with pytest.raises(DataError, match=r"data\.path is a file"):
+        prepare(config)
+    with pytest.raises(DataError, match=r"cannot be prepared: .*: choose another") as raised:
+        prepare(config.replace(data=config.data.replace(path=f"{config.data.path}/below")))
+    assert "space" not in str(raised.value)
 
 
 @pytest.mark.parametrize("failing", ["collect", "train_tokenizer", "record_files"])
@@ -133,6 +147,7 @@ def test_failure_leaves_nothing(
         prepare(config)
     assert neighbours(config) == before
     if isinstance(error, OSError):
+        assert "disk full: " in str(raised.value)
         assert "No space left on device: free space, or choose another data.path" in str(raised.value)
 
 

@@ -107,6 +107,31 @@ def test_corruption_is_found_when_asked(make_folder: FolderMaker) -> None:
         Dataset(folder, "train", verify=True)
 
 
+@pytest.mark.parametrize("data", [bytes(range(136)), b"PK\3\4" + bytes(132), b"\x93NUMPY\1\0" + bytes(128)])
+def test_index_that_is_none(make_folder: FolderMaker, data: bytes) -> None:
+    folder = make_folder([[5]])
+    path = folder / "train_000.idx"
+    assert path.stat().st_size == len(data)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train_000\.idx: is not an array of positions .*prepare CONFIG --force"):
+        Dataset(folder, "train")
+
+
+def test_index_of_other_documents(make_folder: FolderMaker) -> None:
+    folder = make_folder([[5], [6]])
+    with (folder / "train_000.idx").open("wb") as file:
+        np.save(file, np.array([0, 2], np.float64))
+    with pytest.raises(DataError, match=r"train_000\.idx: holds float64 \[2\], but the shard has 2 documents"):
+        Dataset(folder, "train")
+
+
+def test_counts_that_disagree_with_the_files(make_folder: FolderMaker) -> None:
+    path = make_folder([[5, 6]]) / NAME
+    path.write_text(path.read_text().replace('"tokens": 3', '"tokens": 30'))
+    with pytest.raises(DataError, match=r"train_000\.bin: has 6 bytes, but the manifest's 30 tokens of uint16 are 60:"):
+        Dataset(path.parent, "train")
+
+
 def test_token_outside_of_the_vocabulary(make_folder: FolderMaker) -> None:
     folder = make_folder([[5, 6], [7, 320, 8]])
     with pytest.raises(DataError, match=r"train_000\.bin: token 4 is 320, but ids end at 319"):

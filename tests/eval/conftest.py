@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from engram.config import Config, load_config
@@ -86,6 +87,8 @@ def _train(config: Config) -> Path:
     from engram.training.trainer import Trainer
 
     assert Trainer(config).fit() == 0
+    # A setting of the process, which other tests do not expect.
+    torch.set_flush_denormal(False)
     return Path(config.run_dir)
 
 

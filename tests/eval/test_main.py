@@ -102,6 +102,11 @@ def test_user_errors_are_one_message(run_folder: Path, tmp_path: Path, capsys: p
         ("perplexity", "--checkpoint", run, "--data", str(tmp_path)): "is not a prepared data folder",
         ("generate", "--checkpoint", run, "--prompt", ""): "the text is empty",
         ("generate", "--checkpoint", run, "--prompt", "a", "--temperature", "-1"): "temperature is -1.0",
+        ("generate", "--checkpoint", run, "--prompt", "a", "--temperature", "nan"): "temperature is nan",
+        ("generate", "--checkpoint", run, "--prompt", "a\udce9"): "character 1 is '\\udce9', half of a surrogate pair",
+        ("gates", "--checkpoint", run, "--text", "a", "--out", str(tmp_path)): "is a folder: name a file with --out",
+        ("gates", "--checkpoint", run, "--text", "a", "--out", f"{damaged}/state.json/g.html"): "cannot be written",
+        ("report", run, "--out", str(tmp_path)): "is a folder: name a file with --out",
         ("gates", "--checkpoint", run, "--text", "", "--out", str(tmp_path / "g.html")): "the text is empty",
         ("ngram", "--data", str(tmp_path)): "is not a prepared data folder",
         ("report", str(tmp_path)): "is not a run folder",
@@ -111,6 +116,52 @@ def test_user_errors_are_one_message(run_folder: Path, tmp_path: Path, capsys: p
         out = capsys.readouterr()
         assert out.err.startswith("error: ") and message in out.err and "Traceback" not in out.err, arguments
         assert not out.out
+
+
+def test_a_place_that_cannot_be_written(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "page.html")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    for arguments in (
+        ["report", str(run_folder)],
+        ["gates", "--checkpoint", str(run_folder), "--text", "the union"],
+    ):
+        assert main([*arguments, "--device", "cpu", "--out", str(tmp_path / "page.html")]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "page.html: cannot be written: [Errno 13] Permission denied" in message
+    assert {path.name for path in tmp_path.iterdir()} <= {"page_figures"}
+
+
+def test_damaged_data_is_never_measured(
+    run_folder: Path, prepared_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(prepared_folder, folder)
+    shard = folder / "validation_000.bin"
+    shard.write_bytes(shard.read_bytes()[::-1])
+    for arguments in (["ngram"], ["perplexity", "--checkpoint", str(run_folder)]):
+        assert main([*arguments, "--data", str(folder)]) == 2
+        assert "validation_000.bin: its sha256 is " in capsys.readouterr().err
+
+
+def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.ngram.measure", interrupt)
+    assert main(["ngram", "--data", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_leaves(prepared_folder: Path) -> None:
+    command = [sys.executable, "-m", "eval", "ngram", "--data", str(prepared_folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
 
 
 def test_data_of_another_tokenizer(run_folder: Path, workplace: Path, capsys: pytest.CaptureFixture) -> None:
@@ -125,7 +176,9 @@ def test_data_of_another_tokenizer(run_folder: Path, workplace: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nothing"], ["perplexity"], ["ngram", "--data", "x", "--tokens", "0"], ["report"]]
+    "arguments",
+    [[], ["nothing"], ["perplexity"], ["ngram", "--data", "x", "--tokens", "0"], ["report"]]
+    + [["generate", "--checkpoint", "x", "--prompt", "a", "--seed", seed] for seed in ("-1", "4294967296", "x")],
 )
 def test_wrong_usage_is_status_two(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:

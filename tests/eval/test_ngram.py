@@ -214,6 +214,11 @@ def test_prepared_folder_and_cache(prepared_folder: Path, tmp_path: Path) -> Non
     # The file is what a second call reads ...
     cached.write_text(json.dumps({**first.__dict__, "bigram": -1.0}))
     assert ngram.measure(folder, 16, 4 * 16).bigram == -1.0
+    # ... if it can be read ...
+    for broken in (b"{", b"[]", b"\xff", b'{"unigram": 1}', b'{"unigram": "x"}'):
+        cached.write_bytes(broken)
+        assert ngram.measure(folder, 16, 4 * 16) == first
+        assert json.loads(cached.read_text()) == first.__dict__
     # ... unless the question is another one.
     other = ngram.measure(folder, 16, None)
     assert other.targets > first.targets and len(list(folder.glob("ngram_*.json"))) == 2

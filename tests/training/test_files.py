@@ -24,6 +24,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     assert path.read_text(encoding="utf-8") == "old é\n"
+    assert [child.name for child in tmp_path.iterdir()] == ["done.json"]
 
 
 def test_pointer_is_replaced_in_one_step(tmp_path: Path) -> None:

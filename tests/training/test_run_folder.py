@@ -161,3 +161,54 @@ def test_differences_go_as_deep_as_both_sides() -> None:
         "e": 'e: {"f": 1} -> null',
         "g": "g: null -> 0",
     }
+
+
+def test_a_home_folder_is_found(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder(make_config(run_dir="~/runs/a")).path == tmp_path / "runs" / "a"
+
+
+def test_a_folder_of_something_else_is_left_alone(make_config: MakeConfig) -> None:
+    config = make_config()
+    Path(config.run_dir).mkdir()
+    (Path(config.run_dir) / "thesis.tex").write_text("mine")
+    with pytest.raises(RunFolderError, match="holds files, but no run"), RunFolder(config):
+        pass
+    assert [path.name for path in Path(config.run_dir).iterdir()] == ["thesis.tex"]
+
+
+def test_without_its_config_a_run_is_what_its_checkpoint_says(make_config: MakeConfig) -> None:
+    path = start(make_config())
+    (path / "step_000003").mkdir()
+    (path / "config.yaml").rename(path / "step_000003" / "config.yaml")
+    with pytest.raises(RunFolderError, match="seed: 5 -> 6"), RunFolder(make_config(seed=6)):
+        pass
+    with RunFolder(make_config()):
+        pass
+
+
+def test_a_failed_start_leaves_only_what_was_there(make_config: MakeConfig) -> None:
+    config = make_config()
+    path = Path(config.run_dir)
+
+    def fail() -> None:
+        with pytest.raises(KeyError), RunFolder(config):
+            (path / "log.txt").write_text("why")
+            raise KeyError
+
+    fail()
+    assert not path.exists()
+    path.mkdir()
+    fail()
+    assert {child.name for child in path.iterdir()} == {"lock", "log.txt"}
+
+
+def test_a_disk_that_takes_no_lock(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    config = make_config()
+    with pytest.raises(RunFolderError, match="cannot be written .No space left"), RunFolder(config):
+        pass
+    assert not Path(config.run_dir).exists()

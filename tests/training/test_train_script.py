@@ -1,6 +1,7 @@
 """`python train.py` from outside: exit status, messages, and how soon they come."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -102,3 +103,31 @@ def test_a_signal_is_status_130(make_config: MakeConfig, write: Callable[[Config
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
     assert (Path(config.run_dir) / "latest").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_is_status_130(
+    make_config: MakeConfig, write: Callable[[Config], str], number: signal.Signals
+) -> None:
+    config = make_config()
+    command = [sys.executable, str(ROOT / "train.py"), write(config)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (Path(config.run_dir) / "lock").exists():
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.startswith("interrupted at once") and not Path(config.run_dir).exists()
+
+
+def test_the_run_folder_does_not_wait_for_torch(make_config: MakeConfig, write: Callable[[Config], str]) -> None:
+    config = make_config(train={"steps": 1})
+    Trainer(config).fit()
+    script = (
+        "import sys, train; status = train.main(sys.argv[1:]); "
+        "sys.exit(status if not {'torch', 'numpy'} & set(sys.modules) else 99)"
+    )
+    for override, status in (("seed=5", 0), ("seed=6", 2)):
+        command = [sys.executable, "-c", script, write(config), override]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr

@@ -195,3 +195,24 @@ def test_logging_is_as_before_afterwards(make_config: MakeConfig) -> None:
     before = logger.level, list(logger.handlers)
     Trainer(make_config(train={"steps": 1})).fit()
     assert (logger.level, list(logger.handlers)) == before
+
+
+def test_the_terminal_gets_the_run_in_short_and_what_comes_next(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture
+) -> None:
+    config = make_config(train={"steps": 2})
+    Trainer(config).fit()
+    error = capsys.readouterr().err
+    assert f"{config.run_dir}: cpu, float32, 53,847 parameters (3,472 in n-gram tables), 2 steps x 128 tokens" in error
+    assert f"validation loss {metrics_of(config.run_dir)[-1]['val_loss']:.4f}\n" in error
+    assert f"python -m eval report {config.run_dir}" in error
+    assert "embed.weight" not in error and "embed.weight" in (Path(config.run_dir) / "log.txt").read_text()
+
+
+def test_a_finished_run_that_is_of_no_use_says_so(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engram.training.trainer.validation_loss", lambda *_: float("nan"))
+    config = make_config(train={"steps": 1})
+    assert Trainer(config).fit() is Exit.DONE
+    assert "the validation loss is not finite: the model is of no use" in capsys.readouterr().err

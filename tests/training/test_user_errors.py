@@ -1,6 +1,7 @@
 """Mistakes and full disks from end to end: one message, and a run that can go on."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from engram.config import Config, UserError
 from engram.data.manifest import file_digest
-from engram.training import checkpoint_files, metrics
+from engram.training import checkpoint_files, metrics, setup, trainer
 from engram.training.checkpoint import CheckpointError
 from engram.training.run_folder import RunFolderError
 from engram.training.trainer import Exit, Trainer
@@ -48,11 +49,36 @@ def test_a_full_disk_while_logging(make_config: MakeConfig, monkeypatch: pytest.
         Trainer(make_config()).fit()
 
 
-def test_a_shard_with_tokens_beyond_the_vocabulary(make_config: MakeConfig, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_shard_with_tokens_beyond_the_vocabulary(
+    make_config: MakeConfig, data: Path, tmp_path: Path, split: str
+) -> None:
     damaged = Path(shutil.copytree(data, tmp_path / "damaged"))
-    tokens = np.memmap(damaged / "train_000.bin", np.uint16, "r+")
-    tokens[:] = 384
+    path = damaged / f"{split}_000.bin"
+    tokens = np.memmap(path, np.uint16, "r+")
+    tokens[5:] = 384
     tokens.flush()
+    config = make_config(data={"path": str(damaged)})
+    with pytest.raises(UserError, match="its sha256 is .*, but the manifest says"):
+        Trainer(config).fit()
+    # Prepared so, as far as the checksums tell.
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    manifest["files"][path.name]["sha256"] = file_digest(path)
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="token 5 is 384, but ids end at 383"):
+        Trainer(config).fit()
+    # Neither start leaves anything behind.
+    assert not Path(config.run_dir).exists()
+
+
+def test_tokens_beyond_the_vocabulary_that_appear_while_training(
+    make_config: MakeConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = Path(shutil.copytree(data, tmp_path / "damaged"))
+    np.full(10_000, 384, np.uint16).tofile(damaged / "swapped")
+    os.truncate(damaged / "swapped", (damaged / "validation_000.bin").stat().st_size)
+    os.replace(damaged / "swapped", damaged / "validation_000.bin")
+    monkeypatch.setattr(setup, "verify_folder", lambda folder: None)
     with pytest.raises(UserError, match="holds token 384, but model.vocab_size is 384"):
         Trainer(make_config(data={"path": str(damaged)})).fit()
 
@@ -92,6 +118,7 @@ def test_resuming_with_another_tokenizer_is_refused(make_config: MakeConfig, dat
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["tokenizer"]["digest"] = file_digest(other / "tokenizer.model")
     manifest["files"]["tokenizer.model"]["bytes"] += 4
+    manifest["files"]["tokenizer.model"]["sha256"] = manifest["tokenizer"]["digest"]
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="tokenizer_digest was"):
         Trainer(make_config(data={"path": str(other)})).fit()
@@ -124,3 +151,82 @@ def test_a_validation_split_of_less_than_a_sequence_is_told_before_training(make
 def test_fewer_evaluation_tokens_than_a_sequence(make_config: MakeConfig) -> None:
     with pytest.raises(UserError, match="eval.tokens is 31, less than one sequence"):
         Trainer(make_config(eval={"tokens": 31})).fit()
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 100_000_000}, {"memory": {"rows_per_head": 10**12}}])
+def test_a_model_beyond_the_memory(make_config: MakeConfig, change: dict) -> None:
+    config = make_config(model=change)
+    with pytest.raises(
+        UserError, match=r"needs [\d,.]+ GiB .* only [\d,.]+ GiB are free on cpu: lower model.hidden_size"
+    ):
+        Trainer(config).fit()
+    assert not Path(config.run_dir).exists()
+
+
+def test_an_allocator_that_gives_up(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(trainer, "build_model", refuse)
+    with pytest.raises(UserError, match="ran out of memory: lower model.hidden_size"):
+        Trainer(make_config()).fit()
+
+
+def test_a_log_that_is_a_folder(make_config: MakeConfig) -> None:
+    config = make_config()
+    (Path(config.run_dir) / "log.txt").mkdir(parents=True)
+    (Path(config.run_dir) / "lock").touch()
+    with pytest.raises(RunFolderError, match=r"log\.txt: Is a directory"):
+        Trainer(config).fit()
+
+
+def test_a_disk_full_of_everything(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """log.txt on /dev/full: whatever is flushed to it fails, closing it included."""
+    config = make_config(train={"steps": 1})
+    Path(config.run_dir).mkdir()
+    (Path(config.run_dir) / "lock").touch()
+    (Path(config.run_dir) / "log.txt").symlink_to("/dev/full")
+    (Path(config.run_dir) / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(metrics, "cut_after", lambda path, step: None)
+    with pytest.raises(RunFolderError, match="the disk is full: free space"):
+        Trainer(config).fit()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("done.json", "{", r"done\.json: is damaged: delete it"),
+        ("done.json", "[]", r"done\.json: is damaged: delete it"),
+        ("code.json", "{}", r"code\.json: is damaged: delete it"),
+        ("code.json", '{"starts": [1]}', r"code\.json: is damaged: delete it"),
+        ("metrics.jsonl", '{"loss": 1}\n', r"metrics\.jsonl: line 1 is no object with a step"),
+        ("latest/checksums.json", "[]", r"checksums\.json: is damaged: "),
+        ("latest/checksums.json", "{}", r"checksums\.json: is damaged: "),
+    ],
+)
+def test_damaged_files_of_a_run(make_config: MakeConfig, name: str, content: str, message: str) -> None:
+    config = make_config(train={"stop_after": 1})
+    Trainer(config).fit()
+    (Path(config.run_dir) / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        Trainer(config).fit()
+    assert message.split(":")[0].replace("\\", "") in (Path(config.run_dir) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", "{}", '{"format": 1}', '{"format": 1, "step": 1, "hash_recipe": {}, "tokenizer_digest": 1}'],
+)
+def test_a_damaged_state(make_config: MakeConfig, content: str) -> None:
+    config = make_config(train={"stop_after": 1})
+    Trainer(config).fit()
+    latest = Path(config.run_dir) / "latest"
+    (latest / "state.json").write_text(content)
+    checksums = json.loads((latest / "checksums.json").read_text())
+    checksums["state.json"] = file_digest(latest / "state.json")
+    (latest / "checksums.json").write_text(json.dumps(checksums))
+    with pytest.raises(CheckpointError, match=r"state\.json: is damaged"):
+        Trainer(config).fit()
