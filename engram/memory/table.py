@@ -28,7 +28,7 @@ class RowTable(nn.Module):
         return f"rows={self.weight.shape[0]}, head_dim={self.weight.shape[1]}"
 
 
-# Sparse gradients cannot be traced: a compiled block breaks here, and compiles what stands before and after.
+# Sparse gradients cannot be traced: the look-up stands between the compiled parts of a model.
 @torch.compiler.disable
 def _read(weight: torch.Tensor, hash_ids: torch.Tensor, dtype: torch.dtype, dense_gradients: bool) -> torch.Tensor:
     rows = _ReadRows.apply(weight, hash_ids.flatten(), dtype, dense_gradients)
