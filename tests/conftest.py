@@ -15,6 +15,10 @@ from torch.utils._device import _device_constructors
 
 OUR_PACKAGES = ("engram", "eval")
 
+if not torch.cuda.is_available():
+    # Read when a module with Triton kernels is imported: without a GPU they run in Triton's interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 hypothesis.settings.register_profile("engram", deadline=None, derandomize=True, max_examples=30, database=None)
 hypothesis.settings.load_profile("engram")
 

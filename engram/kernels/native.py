@@ -1,9 +1,13 @@
-"""C sources beside the operations, built for this processor at first use and kept in the user's cache folder."""
+"""C and C++ sources beside the operations, built for this processor at first use and kept in the user's cache folder.
+
+C++ sources may use OpenMP, which shares torch's thread pool, functions of libtorch that they declare themselves, and
+the header native.hpp beside this file.
+"""
 
 import ctypes
 import functools
 import hashlib
-import logging
+import importlib.util
 import os
 import platform
 import shlex
@@ -12,9 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
-
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+HEADER = Path(__file__).with_name("native.hpp")
 
 
 class NativeUnavailable(RuntimeError):
@@ -23,39 +26,66 @@ class NativeUnavailable(RuntimeError):
 
 @functools.cache
 def load_library(source: Path) -> ctypes.CDLL:
-    """The shared library of one C file. Raises NativeUnavailable: no compiler, or it failed."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise NativeUnavailable(f"{source.name} needs a C compiler, and neither cc nor gcc was found")
-    recipe = (source.read_text(), compiler, *FLAGS, platform.machine(), _processor())
+    """The shared library of one C or C++ file. Raises NativeUnavailable: no compiler, or it failed."""
+    command = (*_compiler(source), *FLAGS, *(_cpp_flags() if source.suffix == ".cpp" else ()))
+    recipe = (source.read_text(), HEADER.read_text(), *command, platform.machine(), _processor())
     digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
-    library = _cache_folder() / f"{source.parent.name}_{digest}.so"
+    library = _cache_folder() / f"{source.parent.name}_{source.stem}_{digest}.so"
     if not library.exists():
-        _build(compiler, source, library)
-    return ctypes.CDLL(str(library))
+        _build(command, source, library)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NativeUnavailable(f"{source.name} was built, but does not load: {error}") from error
 
 
 @functools.cache
-def is_available(source: Path) -> bool:
-    """Whether `load_library` works here; says once in the log if it does not."""
+def native_obstacle(source: Path) -> str | None:
+    """Why `load_library` fails here; None where it works."""
     try:
         load_library(source)
-    except (NativeUnavailable, OSError) as error:
-        logger.warning("the native %s is not available, the slower torch code runs: %s", source.parent.name, error)
-        return False
-    return True
+    except NativeUnavailable as error:
+        return str(error)
+    return None
 
 
-def _build(compiler: str, source: Path, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # Built aside and renamed: processes that start together never load half a file.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
-        command = [*shlex.split(compiler), *FLAGS, str(source), "-o", str(built), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise NativeUnavailable(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
-        built.rename(library)
+def _compiler(source: Path) -> list[str]:
+    variable, names = ("CXX", ("c++", "g++", "clang++")) if source.suffix == ".cpp" else ("CC", ("cc", "gcc", "clang"))
+    if chosen := os.environ.get(variable):
+        return shlex.split(chosen)
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise NativeUnavailable(
+            f"{source.name} needs a compiler, and none of {', '.join(names)} was found: install one, or name it in "
+            f"{variable}"
+        )
+    return [found]
+
+
+def _cpp_flags() -> tuple[str, ...]:
+    # Found, not imported: the shared libraries are in the process already.
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    libraries = Path(spec.origin).parent / "lib"
+    header = f"-I{HEADER.parent}"
+    # The library of this name that torch loaded serves us too: a second one would be a second pool of spinning threads.
+    return ("-std=c++17", "-fopenmp", header, f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}")
+
+
+def _build(command: tuple[str, ...], source: Path, library: Path) -> None:
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Built aside and renamed: processes that start together never load half a file.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / library.name
+            # The source stands before the libraries that it needs.
+            full = [command[0], str(source), *command[1:], "-o", str(built), "-lm"]
+            done = subprocess.run(full, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise NativeUnavailable(f"{' '.join(full)} failed: {done.stderr.strip()[-1000:]}")
+            built.rename(library)
+    except OSError as error:
+        raise NativeUnavailable(f"{source.name} cannot be built in {library.parent}: {error}") from error
 
 
 def _cache_folder() -> Path:

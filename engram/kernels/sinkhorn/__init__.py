@@ -1,17 +1,16 @@
 """Sinkhorn-Knopp: a positive matrix made doubly stochastic, as one operation that compiled graphs do not unroll."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engram.kernels.native import is_available
+from engram.kernels.choose import Implementation, choose
+from engram.kernels.native import native_obstacle
 from engram.kernels.sinkhorn.native_cpu import SOURCE, sinkhorn_backward_native, sinkhorn_native
 from engram.kernels.sinkhorn.reference import sinkhorn_backward, sinkhorn_ref
 
 __all__ = ["sinkhorn", "sinkhorn_ref"]
-
-Implementation = Literal["auto", "reference", "native"]
 
 
 def sinkhorn(logits: Tensor, steps: int, impl: Implementation = "auto") -> Tensor:
@@ -19,7 +18,8 @@ def sinkhorn(logits: Tensor, steps: int, impl: Implementation = "auto") -> Tenso
 
     logits: float32 [G, G, N], axis 0 the output stream, axis 1 the input stream, N independent matrices (last, so that
     every normalisation is one vectorised pass). Returns float32 [G, G, N] with sum over axis 1 equal to 1. `native` is
-    C, for CPU; `auto` takes it where a C compiler is. Raises RuntimeError where `native` is asked for and not there.
+    C, for CPU; `auto` takes it where a C compiler is. Raises ImplementationUnavailable where `native` is asked for and
+    not there.
     """
     return torch.ops.engram.sinkhorn(logits, steps, impl)
 
@@ -37,13 +37,13 @@ def _backward(logits: Tensor, grad: Tensor, steps: int, impl: str) -> Tensor:
 
 
 def _native(logits: Tensor, impl: str) -> bool:
-    """The one place that chooses."""
-    if impl not in ("auto", "reference", "native"):
-        raise ValueError(f"impl is {impl!r}, but the sinkhorn has auto, reference and native")
-    suited = logits.device.type == "cpu" and logits.dtype == torch.float32
-    if impl == "native" and not suited:
-        raise RuntimeError(f"the native sinkhorn is for float32 on CPU, not {logits.dtype} on {logits.device.type}")
-    return impl == "native" or (impl == "auto" and suited and is_available(SOURCE))
+    return choose("sinkhorn", impl, logits.device.type, native=lambda: _native_obstacle(logits)) == "native"
+
+
+def _native_obstacle(logits: Tensor) -> str | None:
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return f"it is for float32 on CPU, not {logits.dtype} on {logits.device.type}"
+    return native_obstacle(SOURCE)
 
 
 @_forward.register_fake
