@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
+BENCH_INSTALLED := $(VENV)/bench-installed
 # Each xdist worker computes with one thread: two-thread torch beside another busy process is many times slower.
 WORKERS ?= 2
+# What `make bench` runs: make bench PART=kernels
+PART ?= training kernels
 
 .PHONY: quickstart test test-slow test-gpu check format bench clean
 
@@ -34,8 +37,9 @@ format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(INSTALLED)
-	$(RUN) -m benchmarks.training
+# One part after the other, so that none disturbs another's times.
+bench: $(BENCH_INSTALLED)
+	@set -e; for part in $(PART); do $(RUN) -m benchmarks.$$part; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,6 +47,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
+
+# Peers that only benchmarks compare with.
+$(BENCH_INSTALLED): $(INSTALLED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	touch $(BENCH_INSTALLED)
 
 clean:
 	rm -rf $(VENV) data runs build *.egg-info

@@ -28,7 +28,7 @@ class _Settings(BaseModel):
 
 def _no_boolean(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError(f"a number is wanted, not {str(value).lower()}")
+        raise ValueError(f"is {str(value).lower()}, but must be a number")
     return value
 
 
@@ -163,6 +163,8 @@ class NgramConfig(_Settings):
     seed: Seed = 0
     # Spread of fresh rows. DeepSeek's demo has 1.0; small tables learn far better from near zero (LOG.md).
     init_std: NonNegative = 0.02
+    # bfloat16 halves the table; updates then round stochastically, and the optimizer's state stays in float32.
+    table_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def orders(self) -> range:

@@ -4,7 +4,9 @@ Knows no setting: `engram/config.py` does.
 """
 
 import difflib
+import math
 from collections.abc import Hashable
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,7 +38,7 @@ def read_tree(path: Path, base_allowed: bool = True) -> dict[str, Any]:
         return tree
     if not base_allowed:
         raise ConfigError(f"{path}: is a base and names a base itself ({base}): only one level is allowed")
-    return _merge(read_tree(path.parent / str(base), base_allowed=False), tree)
+    return merge(read_tree(path.parent / str(base), base_allowed=False), tree)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -46,10 +48,17 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r} is not of the form a.b=value")
     value = _parse(text, f"override {override!r}", "the value is not valid YAML")
-    for depth, key in enumerate(keys[:-1]):
-        below = tree.get(key)
+    for depth, key in enumerate(keys[:-1], start=1):
+        below, here, rest = tree.get(key), ".".join(keys[:depth]), keys[depth:]
+        if isinstance(below, list) or (below is None and rest[0].isdecimal()):
+            entry = reduce(lambda inner, name: {name: inner}, reversed(rest[1:]), value)
+            whole = yaml.safe_dump([entry], default_flow_style=True, allow_unicode=True, width=math.inf).strip()
+            raise ConfigError(
+                f"override {override!r}: {here} is a list, whose entries cannot be set one by one: give the whole "
+                f"list, for example '{here}={whole}'"
+            )
         if below is not None and not isinstance(below, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is {below!r}, not a section")
+            raise ConfigError(f"override {override!r}: {here} is {_shown(below)}, not a section")
         tree[key] = dict(below or {})
         tree = tree[key]
     tree[keys[-1]] = value
@@ -92,33 +101,67 @@ def _parse(text: str, source: Path | str, complaint: str) -> Any:
         raise ConfigError(f"{source}: {complaint}: {' '.join(str(error).split())}") from None
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section, into a new dictionary."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+# What pydantic's kinds of mistakes ask for, as the end of "is VALUE, but must be ...".
+_WANTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number of fewer digits",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "below {lt}",
+    "less_than_equal": "{le} or less",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "string_unicode": "valid Unicode text",
+    "literal_error": "{expected}",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} or fewer",
+    "dict_type": "a section of settings",
+    "model_type": "a section of settings",
+    "model_attributes_type": "a section of settings",
+    "none_required": "null",
+    "invalid_key": "text, as all names of settings are",
+}
 
 
 def _explain(mistake: Any, root: type[BaseModel]) -> str:
     location = [part for part in mistake["loc"] if not str(part).startswith("function-")]
     where = ".".join(str(part) for part in location)
-    message, value = mistake["msg"].removeprefix("Value error, "), _shown(mistake["input"])
-    if mistake["type"] == "extra_forbidden":
+    kind, value = mistake["type"], _shown(mistake["input"])
+    if kind == "extra_forbidden":
         names = _names_at(location[:-1], root)
         near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(names)}"
         return f"{where}: unknown key (value {value}); {hint}"
-    if mistake["type"] == "missing":
+    if kind == "missing":
         return f"{where}: is required and missing"
-    if mistake["type"] == "value_error":
+    if kind == "value_error":
+        message = mistake["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
-    message = f"{message[0].lower()}{message[1:]}"
-    return f"{where}: is empty, but {message}" if mistake["input"] is None else f"{where}: {message}, got {value}"
+    wanted = _WANTED[kind].format(**mistake.get("ctx", {})) if kind in _WANTED else f"valid ({mistake['msg']})"
+    return f"{where}: is {'empty' if mistake['input'] is None else value}, but must be {wanted}"
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    # null and booleans as YAML writes them.
+    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

@@ -43,18 +43,13 @@ def _report(options: argparse.Namespace) -> None:
 
 def _perplexity(options: argparse.Namespace) -> None:
     from eval import perplexity
-    from eval.loading import load, open_split
+    from eval.loading import check_rows, load, open_split
 
     loaded = load(options.checkpoint, options.device, options.dtype, options.threads)
+    length, batch_size = options.sequence_length or loaded.config.data.sequence_length, loaded.config.eval.batch_size
     dataset = open_split(options.data or loaded.config.data.path, loaded.tokenizer, options.split)
-    result = perplexity.measure_split(
-        loaded.model,
-        loaded.tokenizer,
-        dataset,
-        options.sequence_length or loaded.config.data.sequence_length,
-        loaded.config.eval.batch_size,
-        options.tokens,
-    )
+    check_rows(dataset, length, options.tokens)
+    result = perplexity.measure_split(loaded.model, loaded.tokenizer, dataset, length, batch_size, options.tokens)
     facts = {
         "checkpoint": str(loaded.folder),
         "step": loaded.step,
@@ -115,8 +110,11 @@ def _gates(options: argparse.Namespace) -> None:
 
 
 def _ngram(options: argparse.Namespace) -> None:
+    from engram.data.shards import Dataset
     from eval import ngram
+    from eval.loading import check_rows
 
+    check_rows(Dataset(options.data, "validation"), options.sequence_length, options.tokens)
     result = ngram.measure(options.data, options.sequence_length, options.tokens)
     facts = {name: getattr(result, name) for name in ("unigram", "bigram", "trigram", "targets", "train_tokens")}
     _print({"data": str(options.data), **facts}, options.json)

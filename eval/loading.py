@@ -8,6 +8,7 @@ import torch
 from engram.config import Config, UserError
 from engram.data.shards import Dataset
 from engram.data.tokenizer import Tokenizer, check_vocabulary
+from engram.model.device import choose_device
 from engram.model.transformer import Transformer
 from engram.training.checkpoint import open_checkpoint
 
@@ -56,9 +57,8 @@ def load(path: str | Path, device: str = "auto", dtype: str = "float32", threads
     model.compute_dtype = getattr(torch, dtype)
     tokenizer = checkpoint.tokenizer()
     check_vocabulary(tokenizer, checkpoint.config.model.vocab_size, str(checkpoint.folder))
-    return Loaded(
-        checkpoint.folder, model.eval().to(_device(device)), tokenizer, checkpoint.config, int(checkpoint.state["step"])
-    )
+    model = model.eval().to(choose_device(device, "--device"))
+    return Loaded(checkpoint.folder, model, tokenizer, checkpoint.config, int(checkpoint.state["step"]))
 
 
 def open_split(folder: str | Path, tokenizer: Tokenizer, split: str = "validation") -> Dataset:
@@ -76,9 +76,17 @@ def check_target(path: Path) -> None:
     """Raise UserError, before anything is measured, where a page cannot stand."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name a file with --out, such as {path / 'page.html'}")
+    # Tables and figures get the page's name with other endings: it must have one of its own.
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{path}: a page is an .html file: name one with --out, such as {path.with_suffix('.html')}")
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("the device is cuda, but torch sees no CUDA device: give --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def check_rows(dataset: Dataset, sequence_length: int, tokens: int | None) -> None:
+    """Raise UserError, before anything is measured, where --tokens or the split is less than one row."""
+    if tokens is not None and tokens < sequence_length:
+        raise UserError(f"--tokens is {tokens:,}, less than one row of --sequence-length {sequence_length:,}: raise it")
+    if dataset.num_tokens <= sequence_length:
+        raise UserError(
+            f"{dataset.folder}: the {dataset.split} split has {dataset.num_tokens:,} tokens, but one row of "
+            f"--sequence-length {sequence_length:,} needs {sequence_length + 1:,}: lower it, or give other --data"
+        )

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from engram.data.loader import Batch, validation_batches
+from engram.data.packing import IGNORE
 from engram.data.shards import Dataset
 
 Ints = npt.NDArray[np.int64]
@@ -160,7 +161,7 @@ def queries(batches: Iterable[Batch]) -> tuple[Ints, Ints, npt.NDArray[np.bool_]
         older[:, 1:] = tokens[:, :-1]
         whole = np.zeros(tokens.shape, bool)
         whole[:, 1:] = documents[:, 1:] == documents[:, :-1]
-        asked = wanted != -100
+        asked = wanted != IGNORE
         histories.append(np.stack([older[asked], tokens[asked]], axis=1))
         targets.append(wanted[asked])
         complete.append(whole[asked])

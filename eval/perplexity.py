@@ -1,17 +1,17 @@
 """Loss of a model on a prepared split: the exact mean over its targets, in nats and in bits per byte of text."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from engram.data.loader import Batch, validation_batches
 from engram.data.shards import Dataset
 from engram.data.tokenizer import REPLACEMENT, Tokenizer
-from engram.model.transformer import Transformer
+from engram.model.evaluation import validation_loss
+from engram.model.transformer import IGNORE, Transformer
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,19 @@ def measure_split(
     return measure(model, validation_batches(dataset, sequence_length, batch_size, max_tokens), count_bytes(tokenizer))
 
 
-@torch.inference_mode()
 def measure(model: Transformer, batches: Iterable[Batch], token_bytes: npt.NDArray[np.int64]) -> Perplexity:
-    """Score every target of `batches` that is not -100, each batch in one forward pass, sums in float64."""
-    device = model.head.weight.device
-    was_training = model.training
-    model.eval()
-    total, targets, num_bytes = torch.zeros((), dtype=torch.float64, device=device), 0, 0
-    for batch in batches:
-        losses = model.token_losses(*batch.to(device))
-        total += losses.double().sum()
-        wanted = batch.targets[batch.targets >= 0].cpu().numpy()
-        targets += len(wanted)
-        num_bytes += int(token_bytes[wanted].sum())
-    model.train(was_training)
-    return Perplexity(total.item() / targets, targets, num_bytes)
+    """Score every target of `batches` that is not -100, each batch in one forward pass."""
+    targets = num_bytes = 0
+
+    def counted() -> Iterator[Batch]:
+        nonlocal targets, num_bytes
+        for batch in batches:
+            wanted = batch.targets[batch.targets != IGNORE].numpy()
+            targets += len(wanted)
+            num_bytes += int(token_bytes[wanted].sum())
+            yield batch
+
+    return Perplexity(validation_loss(model, counted(), model.head.weight.device), targets, num_bytes)
 
 
 def count_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:

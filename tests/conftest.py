@@ -45,6 +45,14 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A run sets its own number of threads for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _poison() -> Iterator[None]:
     """Memory that our code leaves uninitialised holds NaN (integers: their largest value), never a lucky zero."""

@@ -80,6 +80,14 @@ def test_speed_table_equals_the_committed_measurement() -> None:
         assert ratio == f"{measured[contender]['speed_against_best_peer']:.2f}", contender
 
 
+def test_kernel_table_states_every_target_as_measured() -> None:
+    (path,) = [ROOT / name for name in re.findall(r"\((benchmarks/results/kernels_\S+\.jsonl)\)", README)]
+    verdicts = [row for row in map(json.loads, path.read_text().splitlines()) if "target" in row]
+    expected = [[row["contest"].partition(":")[0], row["target"], row["shown"], row["met"]] for row in verdicts]
+    assert len(expected) >= 10
+    assert _rows("## Kernels") == expected
+
+
 def test_every_path_exists() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link

@@ -11,11 +11,20 @@ import torch
 # Operation -> dtype of the computation -> tolerance. Expected values are float64.
 TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "table": {torch.float32: 1e-6},
+    # The tables' storage: one spacing of bfloat16 where a sum lies on the other side of a rounding's threshold.
+    "table_update": {torch.float32: 1e-5, torch.bfloat16: 8e-3},
     "gate": {torch.float32: 1e-5, torch.bfloat16: 1e-5},
     "conv": {torch.float32: 1e-5, torch.bfloat16: 2e-2},
+    "gate_conv": {torch.float32: 1e-5, torch.bfloat16: 1e-2},
+    "gate_conv_grad": {torch.float32: 5e-5, torch.bfloat16: 1e-2},
     "engram": {torch.float32: 1e-5, torch.bfloat16: 2e-2},
     "engram_grad": {torch.float32: 5e-5, torch.bfloat16: 6e-2},
+    "moe_experts": {torch.float32: 1e-5, torch.bfloat16: 4e-2},
+    "causal_attention": {torch.float32: 3e-5, torch.bfloat16: 6e-2},
+    "mhc": {torch.float32: 2e-5, torch.bfloat16: 6e-2},
     "over_encoding": {torch.float32: 1e-5, torch.bfloat16: 2e-2},
+    "moe_experts_triton": {torch.float32: 1e-5, torch.bfloat16: 4e-2},
+    "linear_cross_entropy": {torch.float32: 1e-5, torch.bfloat16: 4e-2},
 }
 
 

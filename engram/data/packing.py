@@ -5,9 +5,7 @@ from numpy.typing import NDArray
 
 from engram.data.errors import DataError
 from engram.data.shards import Dataset
-
-# Position whose next token belongs to another document, and which therefore has no target.
-IGNORED = -100
+from engram.kernels.linear_cross_entropy import IGNORE
 
 
 class WindowOrder:
@@ -56,7 +54,7 @@ def pack(
     tokens = dataset.windows(starts, sequence_length + 1)
     positions = starts[:, None] + np.arange(sequence_length + 1)
     documents = np.searchsorted(dataset.documents, positions, side="right")
-    targets = np.where(documents[:, 1:] == documents[:, :-1], tokens[:, 1:], IGNORED)
+    targets = np.where(documents[:, 1:] == documents[:, :-1], tokens[:, 1:], IGNORE)
     return tokens[:, :-1], targets, documents[:, :-1] - documents[:, :1]
 
 

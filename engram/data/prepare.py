@@ -69,8 +69,10 @@ def prepare(config: Config, *, force: bool = False, console: "Console | None" = 
 def _build(config: Config, settings: dict[str, Any], work: Path, progress: Progress) -> Manifest:
     data, folder, spool = config.data, work / "folder", work / "spool"
     cache = Path(data.cache).expanduser()
+    # Before the corpus, which may take hours to read: a wrong path is told at once.
+    tokenizer = _existing_tokenizer(config)
     collection = collect(data.sources, cache, spool, data.split_seed, data.validation_fraction, progress)
-    tokenizer = _tokenizer(config, collection, progress)
+    tokenizer = tokenizer or _new_tokenizer(config, collection, progress)
     file = tokenizer.save(folder)
     splits, tokens = _write_shards(collection, tokenizer, folder, data.shard_tokens, progress)
     result = Manifest(
@@ -115,13 +117,22 @@ def _write_shards(
     return splits, tokens
 
 
-def _tokenizer(config: Config, collection: Collection, progress: Progress) -> Tokenizer:
-    """Load the configured tokenizer, or train one on the training documents: validation text stays unseen."""
+def _existing_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer of `data.tokenizer.path`, or None where one is to be trained."""
+    path = config.data.tokenizer.path
+    if path is None:
+        return None
+    try:
+        tokenizer = load_tokenizer(path)
+        check_vocabulary(tokenizer, config.model.vocab_size, path)
+    except DataError as error:
+        raise DataError(f"data.tokenizer.path {error}") from None
+    return tokenizer
+
+
+def _new_tokenizer(config: Config, collection: Collection, progress: Progress) -> Tokenizer:
+    """Trained on the training documents: validation text stays unseen."""
     choice, vocab_size = config.data.tokenizer, config.model.vocab_size
-    if choice.path is not None:
-        tokenizer = load_tokenizer(choice.path)
-        check_vocabulary(tokenizer, vocab_size, choice.path)
-        return tokenizer
     with progress.bar(f"training tokenizer {vocab_size:,}") as advance:
         texts, total = collection.texts(collection.train), collection.characters(collection.train)
 

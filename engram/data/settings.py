@@ -22,7 +22,7 @@ def content_settings(config: Config) -> dict[str, Any]:
     if tokenizer.path is None:
         settings |= {f"data.tokenizer.{name}": value for name, value in tokenizer.model_dump(mode="json").items()}
     else:
-        file = Path(tokenizer.path)
+        file = Path(tokenizer.path).expanduser()
         settings["data.tokenizer.path"] = tokenizer.path
         settings["data.tokenizer.path (the file)"] = file_digest(file) if file.is_file() else None
     for name in ("validation_fraction", "split_seed", "shard_tokens"):

@@ -199,7 +199,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if str(path) == "deepseek":
         path = _deepseek_file()
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()]
         if not found:

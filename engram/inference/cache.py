@@ -4,7 +4,7 @@ Per token and layer one latent and one rotated key, whatever the number of heads
 tokens one at a time, or in parts of any size, gives the same logits as one forward pass up to rounding.
 
 Legend: B batch, T new tokens, S tokens so far with the new ones, D hidden, G streams, H heads, N / R query-key
-dimensions without / with rotation, L latent, E = L + R, V value dimension.
+dimensions without / with rotation, P = R / 2, L latent, E = L + R, V value dimension.
 """
 
 from typing import cast
@@ -43,7 +43,7 @@ class LatentCache:
         self._entries_BSE[:, start:end] = torch.cat((attention.kv_a_norm(latent), k_rope), dim=-1)
 
         heads, nope = config.num_heads, config.qk_nope_head_dim
-        q_BTHx = attention._queries(x_BTD).unflatten(-1, (heads, config.qk_head_dim))
+        q_BTHx = attention.queries(x_BTD).unflatten(-1, (heads, config.qk_head_dim))
         q_nope, q_rope = q_BTHx.split((nope, config.qk_rope_head_dim), dim=-1)
         up_HxL = attention.kv_b_proj.weight.to(x_BTD.dtype).unflatten(0, (heads, -1))
         q_latent = torch.einsum("bthn,hnl->bthl", q_nope, up_HxL[:, :nope])
@@ -89,6 +89,8 @@ class Decoder:
         tables = (config.memory, config.over_encoding)
         self._look_back = max((table.max_ngram_size - 1 for table in tables if table is not None), default=0)
         self._tokens_BS = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+        frequencies, scale = model.get_buffer("rope_frequencies"), table_scale(config.attention)
+        self._cos_SP, self._sin_SP = rope_tables(frequencies, max_length, scale, model.compute_dtype)
 
     @property
     def length(self) -> int:
@@ -104,14 +106,12 @@ class Decoder:
         # The tokens that the new ones' n-grams look back on.
         recent = self._tokens_BS[:, max(start - self._look_back, 0) :]
         hash_ids = {layer: ids[:, -new:] for layer, ids in model.hash_ids(recent).items()}
-        scale = table_scale(model.config.attention)
-        cos, sin = rope_tables(model.get_buffer("rope_frequencies"), end, scale, model.compute_dtype)
-        rope = cos[start:], sin[start:]
+        rope = self._cos_SP[start:end], self._sin_SP[start:end]
         mask_TS = None
         if new > 1:
             mask_TS = torch.ones(new, end, dtype=torch.bool, device=tokens_BT.device).tril(diagonal=start)
 
-        x_BTGD = expand(model._embed(recent, None)[:, -new:], model.config.hc_mult)
+        x_BTGD = expand(model.embed_tokens(recent)[:, -new:], model.config.hc_mult)
         for layer, block in enumerate(self._blocks):
             x_BTGD = self._run(block, layer, x_BTGD, hash_ids.get(layer), start, rope, mask_TS)
         x_BTGD = x_BTGD[:, -1:]

@@ -1,7 +1,7 @@
 """C and C++ sources beside the operations, built for this processor at first use and kept in the user's cache folder.
 
 C++ sources may use OpenMP, which shares torch's thread pool, functions of libtorch that they declare themselves, and
-the header native.hpp beside this file.
+the headers beside this file.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-HEADER = Path(__file__).with_name("native.hpp")
+HEADERS = Path(__file__).parent
 
 
 class NativeUnavailable(RuntimeError):
@@ -28,7 +28,8 @@ class NativeUnavailable(RuntimeError):
 def load_library(source: Path) -> ctypes.CDLL:
     """The shared library of one C or C++ file. Raises NativeUnavailable: no compiler, or it failed."""
     command = (*_compiler(source), *FLAGS, *(_cpp_flags() if source.suffix == ".cpp" else ()))
-    recipe = (source.read_text(), HEADER.read_text(), *command, platform.machine(), _processor())
+    headers = (header.read_text() for header in sorted(HEADERS.glob("*.hpp")))
+    recipe = (source.read_text(), *headers, *command, platform.machine(), _processor())
     digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
     library = _cache_folder() / f"{source.parent.name}_{source.stem}_{digest}.so"
     if not library.exists():
@@ -46,6 +47,16 @@ def native_obstacle(source: Path) -> str | None:
         load_library(source)
     except NativeUnavailable as error:
         return str(error)
+    return None
+
+
+@functools.cache
+def products_obstacle(source: Path) -> str | None:
+    """Why a source that includes brgemm.hpp cannot run here; None where it can."""
+    if reason := native_obstacle(source):
+        return reason
+    if load_library(source).products_missing():
+        return "torch has no products of packed bfloat16 blocks for this processor (they need AVX-512)"
     return None
 
 
@@ -67,7 +78,7 @@ def _cpp_flags() -> tuple[str, ...]:
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     libraries = Path(spec.origin).parent / "lib"
-    header = f"-I{HEADER.parent}"
+    header = f"-I{HEADERS}"
     # The library of this name that torch loaded serves us too: a second one would be a second pool of spinning threads.
     return ("-std=c++17", "-fopenmp", header, f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}")
 

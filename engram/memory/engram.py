@@ -4,12 +4,12 @@ Letters: B batch, T tokens, H columns (orders * heads), M = d_mem, G streams, D 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engram.config import MemoryConfig
+from engram.kernels.engram_gate_conv import engram_gate_conv
 from engram.memory.conv import ShortConv
-from engram.memory.gate import gated_value
+from engram.memory.gate import keys_and_value
 from engram.memory.table import RowTable
 
 
@@ -25,7 +25,9 @@ class Engram(nn.Module):
         self.config = config
         self.layer_id = layer_id
         gains = torch.zeros if config.zero_centred_gains else torch.ones
-        self.embed = RowTable(num_rows, config.head_dim, init_std=config.init_std)
+        self.embed = RowTable(
+            num_rows, config.head_dim, init_std=config.init_std, dtype=getattr(torch, config.table_dtype)
+        )
         # Rows of the matrix: keys of stream 0 to hc_mult-1, then the value.
         self.wkv = nn.Linear(config.d_mem, (hc_mult + 1) * hidden_size, bias=config.projection_bias)
         nn.init.normal_(self.wkv.weight, std=config.d_mem**-0.5)
@@ -39,7 +41,6 @@ class Engram(nn.Module):
                 config.conv,
                 channels=hc_mult * hidden_size,
                 dilation=config.conv.dilation or config.max_ngram_size,
-                norm_eps=config.conv_norm_eps,
             )
             self.conv_norm = nn.Parameter(gains(hc_mult, hidden_size))
 
@@ -50,22 +51,31 @@ class Engram(nn.Module):
 
     def fuse(self, hidden: torch.Tensor, rows: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         """Everything after the look-up: rows [B, T, M] in `hidden.dtype`, alive bool [B, T] -> [B, T, G, D]."""
-        value_BTGD, _ = self._gate(hidden, rows, alive)
-        if self.conv is None:
-            return value_BTGD
-        return value_BTGD + self.conv(value_BTGD, self._gain(self.conv_norm))
+        return self._gate(hidden, rows, alive, self.conv)[0]
 
     def gates(self, hidden: torch.Tensor, hash_ids: torch.Tensor) -> torch.Tensor:
-        """How far each stream opens to memory: [B, T, G] float32, 0 for dead tokens."""
-        return self._gate(hidden, self.embed(hash_ids, hidden.dtype), (hash_ids >= 0).any(-1))[1]
+        """How far each stream opens to memory: [B, T, G] float32, 0 for dead tokens. Without a gradient."""
+        rows_BTM = self.embed(hash_ids, hidden.dtype)
+        return self._gate(hidden, rows_BTM, (hash_ids >= 0).any(-1), conv=None)[1]
 
     def _gate(
-        self, hidden: torch.Tensor, rows_BTM: torch.Tensor, alive_BT: torch.Tensor
+        self, hidden: torch.Tensor, rows: torch.Tensor, alive: torch.Tensor, conv: ShortConv | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        bias = None if self.wkv.bias is None else self.wkv.bias.to(hidden.dtype)
-        keys_and_value = F.linear(rows_BTM, self.wkv.weight.to(hidden.dtype), bias)
-        gains = self._gain(self.q_weight), self._gain(self.k_weight)
-        return gated_value(hidden, keys_and_value, alive_BT, *gains, self.config)
+        """value = gate(hidden, rows); value + conv(value): one operation gives this and the gates."""
+        config = self.config
+        gated = config.gate is not None
+        return engram_gate_conv(
+            hidden,
+            keys_and_value(rows, self.wkv, value_only=None if gated else hidden.shape[-1]),
+            alive,
+            gain=self._gain(self.q_weight) * self._gain(self.k_weight) if gated else None,
+            conv_weight=conv.weight if conv else None,
+            conv_gain=self._gain(self.conv_norm) if conv else None,
+            gate=config.gate,
+            dilation=conv.dilation if conv else 1,
+            eps=config.norm_eps,
+            conv_eps=config.conv_norm_eps,
+        )
 
     def _gain(self, weight: torch.Tensor) -> torch.Tensor:
         return 1 + weight if self.config.zero_centred_gains else weight

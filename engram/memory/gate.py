@@ -1,37 +1,15 @@
-"""Rows, hidden -> gated value per stream. Letters: B batch, T tokens, G streams, D hidden size, C = (G+1)*D."""
+"""Rows -> what the gate weighs: one key for each stream, and the value that all of them share."""
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from engram.config import MemoryConfig
-from engram.kernels.engram_gate import engram_gate
 
+def keys_and_value(rows: torch.Tensor, projection: nn.Linear, *, value_only: int | None = None) -> torch.Tensor:
+    """rows [B, T, M] -> [B, T, (G+1)*D] in their dtype, keys of the streams first.
 
-def gated_value(
-    hidden: torch.Tensor,
-    keys_and_value: torch.Tensor,
-    alive: torch.Tensor,
-    q_gain: torch.Tensor,
-    k_gain: torch.Tensor,
-    config: MemoryConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One value for all streams, weighed by how well each stream's hidden state matches its key.
-
-    `hidden` [B, T, G, D]; `keys_and_value` [B, T, (G+1)*D], keys of the streams first; `alive` bool [B, T]; gains
-    [G, D]. Returns the gated value [B, T, G, D] and the gates [B, T, G] in float32. Without a gate (`config.gate` null)
-    all gates are 1. Dead tokens have gate and value 0.
+    `value_only`: the value's width D, where no gate looks at the keys: they are not computed.
     """
-    streams, width = hidden.shape[-2:]
-    keys_BTC, value_BTD = keys_and_value.split([streams * width, width], dim=-1)
-    if config.gate is None:
-        value_BTD = torch.where(alive[..., None], value_BTD, 0.0)
-        gate_BT1 = alive[..., None].float()
-        return value_BTD[..., None, :].expand_as(hidden), gate_BT1.expand(hidden.shape[:-1])
-    return engram_gate(
-        hidden,
-        keys_BTC.unflatten(-1, (streams, width)),
-        value_BTD,
-        q_gain * k_gain,
-        alive,
-        eps=config.norm_eps,
-        signed_sqrt=config.gate == "signed_sqrt",
-    )
+    used = slice(None) if value_only is None else slice(-value_only, None)
+    bias = None if projection.bias is None else projection.bias[used].to(rows.dtype)
+    return F.linear(rows, projection.weight[used].to(rows.dtype), bias)

@@ -87,14 +87,17 @@ class NgramHash:
         )
 
     def __call__(
-        self, compressed_ids: torch.Tensor, document_ids: torch.Tensor | None = None
+        self, ids: torch.Tensor, document_ids: torch.Tensor | None = None, *, token_map: torch.Tensor | None = None
     ) -> dict[int, torch.Tensor]:
-        """Rows in each layer's table: {layer: int64 [B, T, orders*heads]}, -1 for dead tokens."""
-        return self._columns(compressed_ids, document_ids, with_offsets=True)
+        """Rows in each layer's table: {layer: int64 [B, T, orders*heads]}, -1 for dead tokens.
+
+        `ids` are compressed ids; with `token_map` (int64 [V], `VocabularyMap.table_on`) token ids, which it compresses.
+        """
+        return self._columns(ids, document_ids, token_map, with_offsets=True)
 
     def hash(self, compressed_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
         """Rows within each head: {layer: int64 [B, T, orders*heads]}, -1 for dead tokens."""
-        return self._columns(compressed_ids, document_ids, with_offsets=False)
+        return self._columns(compressed_ids, document_ids, None, with_offsets=False)
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides an address: a model trained under another one reads other rows."""
@@ -102,17 +105,22 @@ class NgramHash:
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
     def _columns(
-        self, compressed_ids: torch.Tensor, document_ids: torch.Tensor | None, with_offsets: bool
+        self,
+        ids: torch.Tensor,
+        document_ids: torch.Tensor | None,
+        token_map: torch.Tensor | None,
+        with_offsets: bool,
     ) -> dict[int, torch.Tensor]:
-        multipliers, primes, offsets = self._constants_on(compressed_ids.device)
+        multipliers, primes, offsets = self._constants_on(ids.device)
         hash_ids = ngram_hash(
-            compressed_ids,
+            ids,
             document_ids if self.look_back == "segment" else None,
             multipliers,
             primes,
             offsets if with_offsets else None,
             pad_id=self.pad_id,
             stop_at_pad=self.look_back == "eos",
+            token_map=token_map,
         )
         return dict(zip(self.layer_ids, hash_ids.unbind(), strict=True))
 

@@ -14,6 +14,7 @@ class OverEncoding(nn.Module):
     """E = (E_0 + sum over orders n of P_n e_n) / (number of orders + 1), e_n the rows of the token's n-gram.
 
     `proj.weight` [D, d_mem] holds the P_n side by side, so that one product takes the sum. Its hash counts as layer 0.
+    The model that it is part of initialises the table.
     """
 
     def __init__(self, config: OverEncodingConfig, *, hidden_size: int, vocabulary: VocabularyMap) -> None:
@@ -21,9 +22,8 @@ class OverEncoding(nn.Module):
         self.config = config
         self.hasher = NgramHash.from_config(config, vocabulary, layer_ids=(0,))
         self.scale = 1 / (len(config.orders) + 1)
-        self.embed = RowTable(self.hasher.num_rows[0], config.head_dim, init_std=config.init_std)
+        self.embed = RowTable(self.hasher.num_rows[0], config.head_dim, dtype=getattr(torch, config.table_dtype))
         self.proj = nn.Linear(config.d_mem, hidden_size, bias=False)
-        nn.init.normal_(self.proj.weight, std=config.d_mem**-0.5)
 
     def forward(
         self, embedded: torch.Tensor, compressed_ids: torch.Tensor, document_ids: torch.Tensor | None = None

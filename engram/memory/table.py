@@ -5,20 +5,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from engram.kernels.engram_lookup import advise_huge_pages, gather_rows
+
 
 class RowTable(nn.Module):
     """rows[..., h*head_dim : (h+1)*head_dim] = weight[ids[..., h]]; id -1 reads a zero row.
 
-    The gradient of `weight` is a sparse COO tensor with one (uncoalesced) row for each id that is not -1, so a step
-    costs what it touches; `dense_gradients = True` asks for table-sized gradients instead. Other storage (rows sharded
-    over ranks, host memory) is another module with this `forward`.
+    `weight` [num_rows, head_dim] is float32 or bfloat16. Its gradient is a sparse COO tensor with one (uncoalesced) row
+    for each id that is not -1, so a step costs what it touches; `dense_gradients = True` asks for table-sized gradients
+    instead. Other storage (rows sharded over ranks, host memory) is another module with this `forward`.
     """
 
-    def __init__(self, num_rows: int, head_dim: int, *, init_std: float = 1.0) -> None:
+    def __init__(
+        self, num_rows: int, head_dim: int, *, init_std: float | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Rows are N(0, init_std); None leaves them uninitialised, for whoever initialises the whole model."""
         super().__init__()
         self.dense_gradients = False
-        self.weight = nn.Parameter(torch.empty(num_rows, head_dim))
-        nn.init.normal_(self.weight, std=init_std)
+        weight = torch.empty(num_rows, head_dim, dtype=dtype)
+        advise_huge_pages(weight)
+        self.weight = nn.Parameter(weight)
+        if init_std is not None:
+            nn.init.normal_(self.weight, std=init_std)
 
     def forward(self, hash_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """ids [..., heads] int64, offsets included -> rows [..., heads * head_dim] of `dtype`."""
@@ -31,35 +39,42 @@ class RowTable(nn.Module):
 # Sparse gradients cannot be traced: the look-up stands between the compiled parts of a model.
 @torch.compiler.disable
 def _read(weight: torch.Tensor, hash_ids: torch.Tensor, dtype: torch.dtype, dense_gradients: bool) -> torch.Tensor:
-    rows = _ReadRows.apply(weight, hash_ids.flatten(), dtype, dense_gradients)
-    return rows.view(*hash_ids.shape[:-1], hash_ids.shape[-1] * weight.shape[1])
+    return _ReadRows.apply(weight, hash_ids, dtype, dense_gradients)
 
 
 class _ReadRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, dense: bool) -> torch.Tensor:
         ctx.save_for_backward(ids)
-        ctx.table_shape, ctx.table_dtype, ctx.dense = weight.shape, weight.dtype, dense
-        # index_select reads several times faster than weight[ids] on CPU.
-        rows = weight.index_select(0, ids.clamp(min=0)).to(dtype)
-        dead = ids < 0
-        # On CPU it is cheaper to look first; elsewhere, looking would wait for the device.
-        if ids.device.type != "cpu" or dead.any():
-            rows.masked_fill_(dead[:, None], 0)
-        return rows
+        # A read of a bfloat16 table is not rounded before it is summed: optimizers let such tables have float32 gradients.
+        ctx.table_shape, ctx.grad_dtype, ctx.dense = weight.shape, weight.grad_dtype or weight.dtype, dense
+        return gather_rows(weight, ids, dtype=dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (ids,) = ctx.saved_tensors
-        grad = grad.to(ctx.table_dtype)
+        ids = ids.flatten()
+        grad = grad.to(ctx.grad_dtype).reshape(len(ids), -1)
         if ctx.dense:
             # Sums in a fixed order, which index_add_ on a GPU does not, and leaves out the "padding" id -1.
             dense = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.table_shape[0], -1, False)
             return dense, None, None, None
-        alive = ids >= 0
-        if not alive.all():
-            ids, grad = ids[alive], grad[alive]
+        # Leaving out dead ids makes sizes depend on data: on a GPU, the host would wait for it.
+        ids, grad = (_drop_dead if ids.device.type == "cpu" else _neutralise_dead)(ids, grad)
         # A view of its own lets autograd keep these values instead of copying them.
         sparse = torch.sparse_coo_tensor(ids[None], grad.view_as(grad), ctx.table_shape, check_invariants=False)
         return sparse, None, None, None
+
+
+def _drop_dead(ids: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    alive = ids >= 0
+    return (ids, grad) if alive.all() else (ids[alive], grad[alive])
+
+
+def _neutralise_dead(ids: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dead ids join a row that was read anyway, with a gradient of zero (row 0, if nothing was read at all)."""
+    dead = ids < 0
+    if not len(ids):
+        return ids, grad
+    return torch.where(dead, ids.amax().clamp(min=0), ids), grad.masked_fill(dead[:, None], 0)

@@ -57,11 +57,12 @@ class VocabularyMap:
 
     def compress(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Compressed ids, int64, of the same shape. Negative (dead) ids stay; ids from V on raise IndexError."""
-        table = self._table_on(token_ids.device)
+        table = self.table_on(token_ids.device)
         compressed = table.index_select(0, token_ids.clamp(min=0).flatten()).view(token_ids.shape)
         return torch.where(token_ids < 0, token_ids, compressed)
 
-    def _table_on(self, device: torch.device) -> torch.Tensor:
+    def table_on(self, device: torch.device) -> torch.Tensor:
+        """The table as an int64 tensor on `device`, kept there."""
         if device not in self._tables:
             self._tables[device] = torch.tensor(self.table, device=device)
         return self._tables[device]

@@ -10,8 +10,9 @@ from functools import cached_property
 from engram.config import Config, ConfigError, ModelConfig, NgramConfig, OptimConfig, load_config
 from engram.memory.primes import distinct_primes
 
-# Bytes of a float32, of an int32 and of an int64.
+# Bytes of a float32, of an int32 and of an int64; and of a table's entry by `table_dtype`.
 _FLOAT, _COUNT, _INDEX = 4, 4, 8
+_STORED = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,18 @@ def count_flops(model: ModelConfig, sequence_length: int) -> FlopCounts:
 
 
 def count_bytes(model: ModelConfig, optim: OptimConfig, tokens_per_step: int) -> ByteCounts:
-    """Bytes of float32 parameters, gradients and optimizer state by role, over all ranks together.
+    """Bytes of parameters, gradients and optimizer state by role, over all ranks together: all are float32, but tables
+    as `table_dtype` says.
 
     The tables' gradients are row-sparse: one row and one index for each row that `tokens_per_step` tokens read, here as
     many as if all differed. `dense_adam` takes gradients as large as the tables.
     """
     counts = count_parameters(model)
     muon, adamw, table = (counts.roles[role] * _FLOAT for role in ("muon", "adamw", "table"))
-    rows = gradients = 0
+    rows = gradients = stored = 0
     for tables, num_rows in _tables(model):
         rows += num_rows
+        stored += num_rows * tables.head_dim * _STORED[tables.table_dtype]
         reads = tokens_per_step * tables.d_mem // tables.head_dim
         gradients += min(reads, num_rows) * (tables.head_dim * _FLOAT + _INDEX)
     # Row Adam also counts each row's updates (int32).
@@ -157,7 +160,7 @@ def count_bytes(model: ModelConfig, optim: OptimConfig, tokens_per_step: int) ->
         {
             "muon": RoleBytes(muon, muon, muon if optim.muon else 2 * muon),
             "adamw": RoleBytes(adamw, adamw, 2 * adamw),
-            "table": RoleBytes(table, gradients, state[optim.table.kind]),
+            "table": RoleBytes(stored, gradients, state[optim.table.kind]),
         }
     )
 

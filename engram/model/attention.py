@@ -33,7 +33,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """`rope`: cosines and sines [T, R / 2]. `mask`: bool [B, 1, T, T], True where attended; None is causal."""
         c = self.config
-        q_BTHx = self._queries(x_BTD).unflatten(-1, (c.num_heads, c.qk_head_dim))
+        q_BTHx = self.queries(x_BTD).unflatten(-1, (c.num_heads, c.qk_head_dim))
         q_nope, q_rope = q_BTHx.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
         latent, k_rope = self.kv_a_proj(x_BTD).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
         kv_BTHx = self.kv_b_proj(self.kv_a_norm(latent)).unflatten(-1, (c.num_heads, -1))
@@ -46,7 +46,8 @@ class Attention(nn.Module):
         out = causal_attention(q, k, v_BTHV.transpose(1, 2), mask, self.scale)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _queries(self, x_BTD: Tensor) -> Tensor:
+    def queries(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, H (N + R)], each head's part without rotation first; nothing is rotated yet."""
         if self.config.q_lora_rank is None:
             return self.q_proj(x_BTD)
         return self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD)))

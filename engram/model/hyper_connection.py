@@ -14,19 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engram.config import HyperConnectionConfig
-from engram.kernels.sinkhorn import sinkhorn
+from engram.kernels.mhc_pre_post import mhc_coefficients_ref, mhc_post, mhc_pre_carry
 
 
 def expand(x_BTD: Tensor, hc_mult: int) -> Tensor:
     """Every stream starts as a copy: [B, T, G, D]."""
     return x_BTD.unsqueeze(2).repeat(1, 1, hc_mult, 1)
-
-
-def stream_logits(x_BTGD: Tensor, weight: Tensor, norm_eps: float) -> Tensor:
-    """rmsnorm(flatten(x)) weight^T in float32 [B, T, outputs]; the norm is a scalar, so it follows the product."""
-    flat = x_BTGD.flatten(2)
-    inverse_rms = torch.rsqrt(flat.float().square().mean(-1, keepdim=True) + norm_eps)
-    return F.linear(flat, weight.to(flat.dtype)).float() * inverse_rms
 
 
 class HyperConnection(nn.Module):
@@ -63,36 +56,15 @@ class HyperConnection(nn.Module):
         return torch.cat((h_pre, torch.zeros(streams), h_res.flatten()))
 
     def coefficients(self, x_BTGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h_pre [B, T, G], h_post [B, T, G], h_res [B, T, G out, G in], float32."""
-        streams = self.config.hc_mult
-        logits = stream_logits(x_BTGD, self.weight, self.norm_eps)
-        sizes = (streams, streams, streams**2)
-        pre, post, res = (
-            part * scale + bias
-            for part, scale, bias in zip(logits.split(sizes, -1), self.scale, self.bias.split(sizes), strict=True)
-        )
-        res_GGN = res.flatten(0, 1).t().contiguous().view(streams, streams, -1)
-        h_res = sinkhorn(res_GGN, self.config.sinkhorn_steps).permute(2, 0, 1).unflatten(0, res.shape[:2])
-        return torch.sigmoid(pre), 2 * torch.sigmoid(post), h_res
+        """h_pre [B, T, G], h_post [B, T, G], h_res [B, T, G out, G in], float32: to look at, not to train through."""
+        steps = self.config.sinkhorn_steps
+        return mhc_coefficients_ref(x_BTGD, self.weight, self.scale, self.bias, steps=steps, eps=self.norm_eps)
 
     def forward(self, x_BTGD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        u_BTD, h_post, h_res = self.read(x_BTGD)
-        return self.write(x_BTGD, sublayer(u_BTD), h_post, h_res)
-
-    def read(self, x_BTGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u = h_pre x [B, T, D], and the coefficients of the write."""
-        h_pre, h_post, h_res = (h.to(x_BTGD.dtype) for h in self.coefficients(x_BTGD))
-        return (h_pre.unsqueeze(-1) * x_BTGD).sum(2), h_post, h_res
-
-    def write(self, x_BTGD: Tensor, y_BTD: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
-        """x' = h_res x + h_post y."""
-        return mix_streams(h_res, x_BTGD) + h_post.unsqueeze(-1) * y_BTD.unsqueeze(2)
-
-
-def mix_streams(h_res: Tensor, x_BTGD: Tensor) -> Tensor:
-    """x'[o] = sum_i h_res[o, i] x[i]."""
-    # A compiled broadcast and sum: as many products of 4 x 4 matrices as there are tokens take half as long again.
-    return (h_res.unsqueeze(-1) * x_BTGD.unsqueeze(2)).sum(3)
+        u_BTD, h_post, h_res, x_BTGD = mhc_pre_carry(
+            x_BTGD, self.weight, self.scale, self.bias, steps=self.config.sinkhorn_steps, eps=self.norm_eps
+        )
+        return mhc_post(x_BTGD, sublayer(u_BTD), h_post, h_res)
 
 
 class ResidualConnection(nn.Module):
@@ -119,5 +91,8 @@ class Readout(nn.Module):
         return torch.full((streams,), -math.log(streams - 1) if streams > 1 else 4.6)
 
     def forward(self, x_BTGD: Tensor) -> Tensor:
-        logits = stream_logits(x_BTGD, self.weight, self.norm_eps) * self.scale + self.bias
+        flat = x_BTGD.flatten(2)
+        # The norm is a scalar of the token, so it follows the product.
+        inverse_rms = torch.rsqrt(flat.float().square().mean(-1, keepdim=True) + self.norm_eps)
+        logits = F.linear(flat, self.weight.to(flat.dtype)).float() * inverse_rms * self.scale + self.bias
         return (torch.sigmoid(logits).to(x_BTGD.dtype).unsqueeze(-1) * x_BTGD).sum(2)

@@ -65,7 +65,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.expert_dim))
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return moe_experts(x_TD, ids_TK, weights_TK, self.gate_up.to(x_TD.dtype), self.down.to(x_TD.dtype))
+        return moe_experts(x_TD, ids_TK, weights_TK, self.gate_up, self.down)
 
 
 class Routed(NamedTuple):

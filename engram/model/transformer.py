@@ -5,13 +5,17 @@ Legend: B batch, T tokens, G residual streams, D hidden, V vocabulary, H n-gram 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engram.config import ModelConfig, NgramConfig, UserError
-from engram.kernels.linear_cross_entropy import linear_cross_entropy, token_cross_entropy
+from engram.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, token_cross_entropy
 from engram.memory.engram import Engram
 from engram.memory.hashing import NgramHash
 from engram.memory.over_encoding import OverEncoding
@@ -25,8 +29,6 @@ from engram.model.linear import Linear
 from engram.model.moe import MoE, Routed
 from engram.model.norm import RMSNorm
 from engram.model.rope import inverse_frequencies, rope_tables, table_scale
-
-IGNORE = -100
 
 
 class Block(nn.Module):
@@ -57,6 +59,8 @@ class Block(nn.Module):
         # On during the model's own forward pass: a checkpointed block runs again in the backward pass, and must not
         # count its experts' loads or leave a loss a second time.
         self.recording = False
+        # Whether what stands between matrix products is compiled.
+        self.compiled = False
         self.balance_loss: Tensor | None = None
 
     def forward(
@@ -69,10 +73,11 @@ class Block(nn.Module):
         return self.ffn_connection(x, self.feed)
 
     def attend(self, u_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        return self.attn(self.attn_norm(u_BTD), rope, mask)
+        run = _compiled(_attend) if self.compiled else _attend
+        return run(self, u_BTD, rope, mask)
 
     def feed(self, u_BTD: Tensor) -> Tensor:
-        fed = self._feed(u_BTD)
+        fed = (_compiled(_feed) if self.compiled else _feed)(self, u_BTD)
         if isinstance(fed, Tensor):
             return fed
         if self.recording and fed.load is not None:
@@ -81,15 +86,26 @@ class Block(nn.Module):
             self.balance_loss = fed.balance_loss
         return fed.output
 
-    def _feed(self, u_BTD: Tensor) -> Tensor | Routed:
-        return self.ffn(self.ffn_norm(u_BTD))
-
     def _remember(self, x: Tensor, hash_ids: Tensor | None) -> Tensor:
         assert self.memory is not None
         if self.memory_connection is None:
             return x + self.memory(x, hash_ids)
         memory = self.memory
         return self.memory_connection(x, lambda u: memory(u.unsqueeze(2), hash_ids).squeeze(2))
+
+
+def _attend(block: Block, u_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    return block.attn(block.attn_norm(u_BTD), rope, mask)
+
+
+def _feed(block: Block, u_BTD: Tensor) -> Tensor | Routed:
+    return block.ffn(block.ffn_norm(u_BTD))
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Shared by all blocks, so that depth costs no compilation; bound to none, so that copies run their own weights."""
+    return torch.compile(function)
 
 
 def _connection(config: ModelConfig, index: int) -> nn.Module:
@@ -106,11 +122,6 @@ def _adopt_vocabulary(model: nn.Module, state: dict[str, Tensor], prefix: str, *
         return
     if not np.array_equal(saved.cpu().numpy(), model.vocabulary.table):
         model.adopt_vocabulary(VocabularyMap(saved.cpu().numpy()))
-
-
-def _compile(module: nn.Module, *methods: str) -> None:
-    for method in methods:
-        setattr(module, method, torch.compile(getattr(module, method)))
 
 
 class Transformer(nn.Module):
@@ -169,7 +180,7 @@ class Transformer(nn.Module):
         """Normalised final state [B, T, D] in the compute dtype: what the head reads."""
         hash_ids = self.hash_ids(tokens_BT, document_ids)
         rope, mask = self._positions(tokens_BT, document_ids)
-        x_BTGD = expand(self._embed(tokens_BT, document_ids), self.config.hc_mult)
+        x_BTGD = expand(self.embed_tokens(tokens_BT, document_ids), self.config.hc_mult)
         for layer, block in enumerate(self.blocks):
             x_BTGD = self._run(block, x_BTGD, hash_ids.get(layer), rope, mask)
         x_BTD = self.readout(x_BTGD) if self.readout is not None else x_BTGD.squeeze(2)
@@ -207,7 +218,8 @@ class Transformer(nn.Module):
         if self.hasher is None:
             return {}
         assert self.config.memory is not None
-        return self.hasher(self._keys(self.config.memory).compress(tokens_BT), document_ids)
+        keys = self._keys(self.config.memory)
+        return self.hasher(tokens_BT, document_ids, token_map=keys.table_on(tokens_BT.device))
 
     def _keys(self, tables: NgramConfig) -> VocabularyMap:
         """The map whose ids are hashed."""
@@ -228,21 +240,17 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, RowTable)]
 
     def compile_blocks(self) -> None:
-        """Compile the parts between matrix products. Blocks share them, so depth costs no compilation."""
+        """Compile attention and feed-forward; memory and hyper-connections are fused operations already."""
         self._compiled = True
-        for module in self.modules():
-            match module:
-                case Block():
-                    _compile(module, "attend", "_feed")
-                case HyperConnection():
-                    _compile(module, "read", "write")
-                case Engram():
-                    _compile(module, "fuse")
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compiled = True
 
     def _moe_layers(self) -> list[MoE]:
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
 
-    def _embed(self, tokens_BT: Tensor, document_ids: Tensor | None) -> Tensor:
+    def embed_tokens(self, tokens_BT: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """What the first block reads, [B, T, D] in the compute dtype: with over-encoding, n-grams averaged in."""
         x_BTD = self.embed(tokens_BT)
         if self.over_encoding is not None:
             keys = self._keys(self.over_encoding.config)

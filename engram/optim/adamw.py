@@ -37,14 +37,16 @@ class AdamW(Role):
                 continue
             for each in live:
                 self.counts[f"{each.name}/step"] += 1
-            steps = torch.tensor([float(self.counts[f"{each.name}/step"]) for each in live], device=device)
+            counts = [self.counts[f"{each.name}/step"] for each in live]
+            # Filled in on the device, where a copy would wait for it; nearly always there is one count for all.
+            filled = {count: torch.full((), float(count), device=device) for count in set(counts)}
             torch._fused_adamw_(
                 [each.parameter for each in live],
                 [_plain(each.parameter.grad) for each in live],
                 [self.tensors[f"{each.name}/first_moment"] for each in live],
                 [self.tensors[f"{each.name}/second_moment"] for each in live],
                 [],
-                list(steps.unbind()),
+                [filled[count] for count in counts],
                 lr=lr * lr_multiplier,
                 beta1=self.betas[0],
                 beta2=self.betas[1],

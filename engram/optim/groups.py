@@ -7,7 +7,7 @@ has changed, and that a parameter would otherwise train under the wrong rule wit
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -34,6 +34,8 @@ class Rule:
     decays: bool
     # Once any parameter matches this, the rule must match one too. None: never required.
     part: str | None
+    # The parameter is several matrices, one below the other, each with as many rows as this parameter has columns.
+    rows_as: str | None = None
 
 
 _BLOCKS, _MEMORY, _OVER_ENCODING = "blocks.*", "blocks.*.memory.*", "over_encoding.*"
@@ -42,7 +44,10 @@ RULES: tuple[Rule, ...] = (
     # N-gram tables and the module around them.
     Rule("blocks.*.memory.embed.weight", "table", False, _MEMORY),
     Rule("over_encoding.embed.weight", "table", False, _OVER_ENCODING),
-    Rule("blocks.*.memory.wkv.weight", "muon", True, _MEMORY),
+    # A key for each stream, then the value. They are stored as one matrix for the sake of one product, but feed
+    # different computations, and their gradients differ in size: orthogonalised together, the larger would set the
+    # directions for all. (Qwen3.8 has them apart; DeepSeek-V4.1 fuses them, and does not say what its Muon sees.)
+    Rule("blocks.*.memory.wkv.weight", "muon", True, _MEMORY, rows_as="embed.weight"),
     Rule("over_encoding.proj.weight", "muon", True, _OVER_ENCODING),
     Rule("blocks.*.memory.wkv.bias", "adamw", False, None),
     Rule("blocks.*.memory.[qk]_weight", "adamw", False, _MEMORY),
@@ -78,6 +83,8 @@ class Assignment:
     role: RoleName
     lr_multiplier: float
     weight_decay: float
+    # Matrices that the parameter's rows are divided into, besides those that leading dimensions count.
+    matrices: int = 1
 
     @property
     def shape(self) -> torch.Size:
@@ -101,16 +108,33 @@ def assign_roles(
     _check_names(parameters)
     chosen = {name: _first_match(name, rules) for name, _ in parameters}
     _check_rules(chosen, rules)
-    return [_assign(name, parameter, chosen[name], optim) for name, parameter in parameters]
+    widths = {name: parameter.shape[-1] for name, parameter in parameters if parameter.ndim}
+    return [_assign(name, parameter, chosen[name], optim, widths) for name, parameter in parameters]
 
 
-def _assign(name: str, parameter: nn.Parameter, rule: Rule, optim: OptimConfig) -> Assignment:
+def _assign(
+    name: str, parameter: nn.Parameter, rule: Rule, optim: OptimConfig, widths: Mapping[str, int]
+) -> Assignment:
     if rule.role == "table":
         return Assignment(name, parameter, "table", optim.table.lr_multiplier, optim.table.weight_decay)
     role: RoleName = "adamw" if optim.muon is None else rule.role
     if role == "muon" and parameter.ndim < 2:
         raise RoleError(f"{name} has shape {list(parameter.shape)}, but Muon needs matrices: give it the role adamw")
-    return Assignment(name, parameter, role, 1.0, optim.weight_decay if rule.decays else 0.0)
+    matrices = _matrices(name, parameter, rule, widths) if role == "muon" else 1
+    return Assignment(name, parameter, role, 1.0, optim.weight_decay if rule.decays else 0.0, matrices)
+
+
+def _matrices(name: str, parameter: nn.Parameter, rule: Rule, widths: Mapping[str, int]) -> int:
+    if rule.rows_as is None:
+        return 1
+    rows, each = parameter.shape[0], widths.get(rule.rows_as)
+    if each is None or rows % each:
+        found = "is not there" if each is None else f"has {each}"
+        raise RoleError(
+            f"{name} has {rows} rows, in matrices of as many as {rule.rows_as} has columns, but that {found}: correct "
+            "the rule in engram/optim/groups.py"
+        )
+    return rows // each
 
 
 def _first_match(name: str, rules: Sequence[Rule]) -> Rule:
@@ -155,7 +179,7 @@ def roles_table(assignments: Sequence[Assignment]) -> str:
     for assignment in assignments:
         family = re.sub(r"^blocks\.\d+\.", "blocks.*.", assignment.name)
         settings = (assignment.role, f"{assignment.lr_multiplier:g}", f"{assignment.weight_decay:g}")
-        shape = " x ".join(str(size) for size in assignment.shape)
+        shape = _shape(assignment)
         families.setdefault((family, shape, *settings), []).append(assignment)
     lines = [_HEADER] + [
         (_family_name(family, members), shape, str(len(members)), f"{sum(row.numel for row in members):,}", *settings)
@@ -175,6 +199,14 @@ def roles_table(assignments: Sequence[Assignment]) -> str:
         totals[row.role] += row.numel
     summary = ", ".join(f"{role} {count:,}" for role, count in totals.items())
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], f"elements by role: {summary}"])
+
+
+def _shape(assignment: Assignment) -> str:
+    """`5 * 2560 x 1280` for five matrices below one another."""
+    sizes = list(assignment.shape)
+    if assignment.matrices == 1:
+        return " x ".join(map(str, sizes))
+    return f"{assignment.matrices} * " + " x ".join(map(str, (sizes[0] // assignment.matrices, *sizes[1:])))
 
 
 def _family_name(family: str, members: Sequence[Assignment]) -> str:

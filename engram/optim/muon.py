@@ -51,8 +51,9 @@ class Muon(Role):
     """M = mu M + (1-mu) G;  W = (1 - lr wd) W - lr update_rms sqrt(max(R, C)) NewtonSchulz((1-mu) G + mu M).
 
     The scale gives an update the root mean square `update_rms` (times that of the singular values), which makes AdamW's
-    learning rate and weight decay fit. Leading dimensions of a parameter count matrices that are orthogonalised each on
-    its own; all matrices of one shape, of all parameters, share a chain of batched products.
+    learning rate and weight decay fit. Matrices that leading dimensions of a parameter count, or that stand below one
+    another in it (`Rule.rows_as`), are orthogonalised each on its own; all matrices of one shape, of all parameters,
+    share a chain of batched products.
     """
 
     def __init__(self, assignments: Sequence[Assignment], settings: MuonConfig) -> None:
@@ -73,7 +74,9 @@ class Muon(Role):
         pieces = [
             _Piece(weight, momentum, gradient, lr * each.lr_multiplier, each.weight_decay)
             for each, *tensors in zip(live, momenta, gradients, strict=True)
-            for weight, momentum, gradient in zip(*map(_wide_views, (each.parameter, *tensors)), strict=True)
+            for weight, momentum, gradient in zip(
+                *(_wide_views(tensor, each.matrices) for tensor in (each.parameter, *tensors)), strict=True
+            )
         ]
         for stack in _stacks(pieces):
             self._update(stack)
@@ -95,9 +98,9 @@ class Muon(Role):
             piece.weight.add_(update, alpha=-piece.lr * scale)
 
 
-def _wide_views(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views [n, R, C] of all matrices in [..., rows, columns], none larger than a stack may be."""
-    matrices = tensor.reshape(-1, *tensor.shape[-2:])
+def _wide_views(tensor: Tensor, below_one_another: int) -> tuple[Tensor, ...]:
+    """Views [n, R, C] of all matrices in [..., below_one_another * rows, columns], none larger than a stack may be."""
+    matrices = tensor.unflatten(-2, (below_one_another, -1)).flatten(0, -3)
     matrices = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     return matrices.split(max(1, STACK_ELEMENTS // matrices[0].numel()))
 

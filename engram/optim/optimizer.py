@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from engram.config import OptimConfig, TableOptimConfig, UserError
 from engram.optim.adamw import AdamW
-from engram.optim.groups import Assignment, RoleName, assign_roles, roles_table
+from engram.optim.groups import Assignment, RoleError, RoleName, assign_roles, roles_table
 from engram.optim.muon import Muon
 from engram.optim.role import Role
 from engram.optim.row_adam import RowAdam
@@ -96,6 +97,11 @@ def _table_role(tables: Sequence[Assignment], settings: TableOptimConfig) -> Rol
         case "sinkhorn":
             return SinkhornMomentum(tables, settings)
         case "dense_adam":
+            if coarse := [each.name for each in tables if each.parameter.dtype != torch.float32]:
+                raise RoleError(
+                    f"{coarse[0]} is stored in bfloat16, but optim.table.kind dense_adam moves float32 tables only: "
+                    "choose another kind, or set table_dtype to float32"
+                )
             return AdamW(tables, settings.betas, settings.eps)
 
 

@@ -1,5 +1,6 @@
 """What the optimizer roles share: the parameters they own and their state."""
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -7,7 +8,6 @@ import torch
 from torch import Tensor
 
 from engram.optim.groups import Assignment
-from engram.optim.sparse import sum_duplicate_rows
 
 
 class Role(ABC):
@@ -30,8 +30,18 @@ class Role(ABC):
 class TableRole(Role):
     """The update of tables from row-sparse gradients.
 
-    Weight decay is lazy: it reaches exactly the rows that the update reaches.
+    Weight decay is lazy: it reaches exactly the rows that the update reaches. Tables in bfloat16 are rounded
+    stochastically, by a hash of the table's name and of its count of updates, which is part of the state; their
+    gradients, and all other state, are float32.
     """
+
+    def __init__(self, assignments: Sequence[Assignment]) -> None:
+        super().__init__(assignments)
+        for each in self.assignments:
+            if each.parameter.dtype == torch.bfloat16:
+                self.counts[f"{each.name}/step"] = 0
+                # Else every sum over micro-batches would be rounded.
+                each.parameter.grad_dtype = torch.float32
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -40,15 +50,15 @@ class TableRole(Role):
             if gradient is None:
                 continue
             assert gradient.is_sparse, f"{assignment.name}: {type(self).__name__} needs a sparse gradient"
-            rows_U, values_UD = sum_duplicate_rows(gradient)
-            self.update(assignment, rows_U, values_UD, lr * assignment.lr_multiplier)
+            self.update(assignment, gradient, lr * assignment.lr_multiplier, self._next_seed(assignment))
 
     @abstractmethod
-    def update(self, assignment: Assignment, rows_U: Tensor, gradient_UD: Tensor, lr: float) -> None:
-        """Move one table, given the distinct rows that were read and their summed gradients."""
+    def update(self, assignment: Assignment, gradient: Tensor, lr: float, seed: int) -> None:
+        """Move one table; `seed` is of the rounding."""
 
-
-def rows_per_chunk(table: Tensor) -> int:
-    """Rows to handle at once: on CPUs, so few that they and their temporaries stay in the cache."""
-    elements = 2**17 if table.device.type == "cpu" else 2**26
-    return max(1, elements // table.shape[1])
+    def _next_seed(self, assignment: Assignment) -> int:
+        key = f"{assignment.name}/step"
+        if key not in self.counts:
+            return 0
+        self.counts[key] += 1
+        return zlib.crc32(f"{key} {self.counts[key]}".encode())

@@ -1,15 +1,14 @@
-"""Row-wise Adagrad: one float32 of state for each row of a table.
-
-Legend: U rows with a gradient, D width of a row.
-"""
+"""Row-wise Adagrad: one float32 of state for each row of a table."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from engram.kernels.table_update import rowwise_adagrad_
 from engram.optim.groups import Assignment
 from engram.optim.role import TableRole
+from engram.optim.sparse import plan_gradient
 
 
 class RowwiseAdagrad(TableRole):
@@ -25,12 +24,14 @@ class RowwiseAdagrad(TableRole):
             table = each.parameter
             self.tensors[f"{each.name}/square_sum"] = torch.zeros(len(table), device=table.device)
 
-    def update(self, assignment: Assignment, rows_U: Tensor, gradient_UD: Tensor, lr: float) -> None:
-        table, square_sum = assignment.parameter, self.tensors[f"{assignment.name}/square_sum"]
-        sum_U = square_sum.index_select(0, rows_U).add_(gradient_UD.square().mean(dim=1))
-        square_sum.index_copy_(0, rows_U, sum_U)
-        step_size_U1 = (lr / sum_U.sqrt_().add_(self.eps))[:, None]
-        weight_UD = table.index_select(0, rows_U)
-        if assignment.weight_decay:
-            weight_UD.mul_(1 - lr * assignment.weight_decay)
-        table.index_copy_(0, rows_U, weight_UD.addcmul_(gradient_UD, step_size_U1, value=-1))
+    def update(self, assignment: Assignment, gradient: Tensor, lr: float, seed: int) -> None:
+        rowwise_adagrad_(
+            assignment.parameter,
+            self.tensors[f"{assignment.name}/square_sum"],
+            gradient._values().contiguous(),
+            plan_gradient(gradient),
+            lr=lr,
+            eps=self.eps,
+            weight_decay=assignment.weight_decay,
+            seed=seed,
+        )

@@ -1,31 +1,24 @@
-"""Gradients of tables: sparse COO, where a row stands once for each time that it was read.
-
-Legend: N reads, U distinct rows in ascending order, D width of a row.
-"""
+"""Gradients of tables: sparse COO, where a row stands once for each time that it was read."""
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from engram.kernels.table_update import RowPlan, plan_rows, sum_rows
 
 
-def sum_duplicate_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows [U] (ascending int64) and the sums of their gradients [U, D], in an order that is always the same.
-
-    Sort, then segment sum: an embedding bag over the sorted reads sums each row's gradients in the order of their
-    arrival, without atomics and without a sorted copy of the values. It gives the values of `gradient.coalesce()`.
-    """
-    if gradient.is_coalesced():
-        return gradient._indices()[0], gradient._values()
-    reads_N, values_ND = gradient._indices()[0], gradient._values()
-    if reads_N.numel() == 0:
-        return reads_N, values_ND
-    sorted_N, order_N = torch.sort(reads_N, stable=True)
-    rows_U, counts_U = torch.unique_consecutive(sorted_N, return_counts=True)
-    starts_U = counts_U.cumsum(0) - counts_U
-    return rows_U, F.embedding_bag(order_N, values_ND, starts_U, mode="sum")
+def plan_gradient(gradient: Tensor) -> RowPlan:
+    """Which of the gradient's values belong to which row."""
+    rows = gradient._indices()[0]
+    if not gradient.is_coalesced():
+        return plan_rows(rows)
+    counting = torch.arange(len(rows) + 1, device=rows.device)
+    return RowPlan(rows, counting, counting[:-1], len(rows))
 
 
 def coalesce(gradient: Tensor) -> Tensor:
-    """The same sparse gradient with each row once."""
-    rows_U, values_UD = sum_duplicate_rows(gradient)
-    return torch.sparse_coo_tensor(rows_U[None], values_UD, gradient.shape, is_coalesced=True, check_invariants=False)
+    """The same gradient with each row once, in ascending order: summed in float32, in an order that never changes."""
+    if gradient.is_coalesced():
+        return gradient
+    plan = plan_gradient(gradient)
+    sums = sum_rows(gradient._values().contiguous(), plan).to(gradient.dtype)
+    return torch.sparse_coo_tensor(plan.rows[None], sums, gradient.shape, is_coalesced=True, check_invariants=False)

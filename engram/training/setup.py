@@ -1,23 +1,20 @@
-"""What a run is made of, before its first step: process, device, data, model."""
+"""What a run is made of, before its first step: process, data, model."""
 
-import contextlib
 import ctypes
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from engram.config import Config, ModelConfig, TrainConfig, UserError
+from engram.config import Config, ModelConfig, TrainConfig
 from engram.data.manifest import NAME, read_manifest
 from engram.data.prepare import prepare
 from engram.data.settings import check_settings, content_settings
 from engram.data.shards import Dataset, verify_folder
 from engram.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from engram.memory.vocabulary import VocabularyMap
-from engram.model.accounting import count_bytes
 from engram.model.transformer import Transformer
 from engram.training.run_folder import cpu_name
 
@@ -40,13 +37,6 @@ def configure_process(train: TrainConfig) -> None:
     _keep_freed_memory()
 
 
-def choose_device(wanted: str) -> torch.device:
-    """Raises UserError where CUDA is asked for and not there."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but torch sees no CUDA device: set train.device to auto or cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def open_data(config: Config, terminal: Console) -> RunData:
     """The prepared folder of `data.path`, prepared now if it is not there yet. Raises UserError."""
     folder = Path(config.data.path).expanduser()
@@ -61,37 +51,6 @@ def open_data(config: Config, terminal: Console) -> RunData:
     size = tokenizer.vocab_size
     training, validation = (Dataset(folder, split, vocab_size=size) for split in ("train", "validation"))
     return RunData(training, validation, tokenizer)
-
-
-@contextlib.contextmanager
-def enough_memory(config: Config, device: torch.device) -> Iterator[None]:
-    """Around what allocates weights and optimizer state. Raises UserError where they do not fit into free memory."""
-    needed = count_bytes(config.model, config.optim, config.tokens_per_step).total
-    free = free_memory(device)
-    advice = "lower model.hidden_size, model.num_layers, the number of experts or the rows_per_head of the tables"
-    message = f"the run needs {needed / 2**30:,.1f} GiB for weights, gradients and optimizer state"
-    if free is not None and needed > free:
-        raise UserError(f"{message}, but only {free / 2**30:,.1f} GiB are free on {device.type}: {advice}")
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch has no class of its own for a CPU that is out of memory.
-        if isinstance(error, RuntimeError) and not any(
-            words in str(error) for words in ("of memory", "allocate memory")
-        ):
-            raise
-        raise UserError(f"{message}, and the {device.type} ran out of memory: {advice}") from error
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None where the operating system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def build_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> Transformer:

@@ -23,10 +23,10 @@ from torch.utils.hooks import RemovableHandle
 
 from engram.memory.engram import Engram
 from engram.memory.table import RowTable
+from engram.model.evaluation import TokenBatch, to_device
 from engram.model.hyper_connection import HyperConnection
 from engram.model.moe import MoE, Router
 from engram.model.transformer import Block, Transformer
-from engram.training.evaluation import TokenBatch, to_device
 
 LOW, HIGH = 0.05, 0.95
 

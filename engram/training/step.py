@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engram.model.evaluation import TokenBatch, to_device
 from engram.model.transformer import IGNORE, Transformer
 from engram.optim.clip import clip_grad_norm
 from engram.optim.optimizer import RoleOptimizer
 from engram.optim.sparse import coalesce
-from engram.training.evaluation import TokenBatch, to_device
 
 
 @dataclass(frozen=True)

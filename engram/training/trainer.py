@@ -12,25 +12,20 @@ from engram.config import Config, UserError
 from engram.data.errors import DataError
 from engram.data.loader import Batch, Loader, validation_batches
 from engram.model.accounting import count_parameters
+from engram.model.device import choose_device
+from engram.model.evaluation import validation_loss
 from engram.optim.optimizer import build_optimizer
 from engram.optim.schedule import learning_rate
 from engram.training import random_state
+from engram.training.capacity import enough_memory, evaluation_too_large, explain_out_of_memory, step_too_large
 from engram.training.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
 from engram.training.checkpoint_files import write_folder
 from engram.training.clock import Clock
 from engram.training.console import LOG_FILE_ONLY, RunConsole
-from engram.training.evaluation import validation_loss
 from engram.training.files import write_atomically
 from engram.training.metrics import MetricsFile, read_metrics
 from engram.training.run_folder import RunFolder, RunFolderError
-from engram.training.setup import (
-    build_model,
-    choose_device,
-    configure_process,
-    enough_memory,
-    environment,
-    open_data,
-)
+from engram.training.setup import build_model, configure_process, environment, open_data
 from engram.training.signals import StopRequest
 from engram.training.state import RunState
 from engram.training.statistics import layer_statistics
@@ -104,7 +99,7 @@ class Trainer:
         self.tracker = Tracker(self.config, self.folder.path, run_id)
         status: Exit | None = None
         try:
-            with StopRequest() as stop:
+            with StopRequest() as stop, explain_out_of_memory(step_too_large(self.config, self.state.device)):
                 status = self._loop(stop)
         finally:
             self.tracker.finish(exit_code=1 if status is None else int(status))
@@ -115,7 +110,7 @@ class Trainer:
     def _build(self) -> RunState:
         config = self.config
         configure_process(config.train)
-        device = choose_device(config.train.device)
+        device = choose_device(config.train.device, "train.device")
         data = open_data(config, self.console.terminal)
         random_state.seed_all(config.seed)
         with enough_memory(config, device):
@@ -192,7 +187,8 @@ class Trainer:
         evaluate = step % train.eval_every == 0 or step == train.steps
         statistics = train.statistics_every and step % train.statistics_every == 0
         if evaluate:
-            with self.clock.paused():
+            too_large = evaluation_too_large(self.config, self.state.device)
+            with self.clock.paused(), explain_out_of_memory(too_large):
                 line["val_loss"] = validation_loss(self.state.model, self._validation_batches(), self.state.device)
             if line["val_loss"] < self.state.best_val_loss:
                 self.state.best_val_loss, self.state.best_step = line["val_loss"], step

@@ -179,6 +179,29 @@ def test_given_tokenizer(config: Config, make_folder: FolderMaker, make_config: 
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.model", None, r"none\.model: the tokenizer cannot be read: No such file or directory"),
+        (".", None, r"holds no tokenizer\.model and no tokenizer\.json"),
+        ("words.txt", b"a b", r"words\.txt: tokenizers are \.model"),
+        ("bad.model", b"a b", r"bad\.model: is not a SentencePiece model"),
+        ("bad.json", b"{}", r"bad\.json: is not a tokenizer\.json"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_told_before_the_corpus_is_read(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = neighbours(config)
+    monkeypatch.setattr(prepare_module, "collect", lambda *_: pytest.fail("the corpus was read"))
+    tokenizer = config.data.tokenizer.replace(path=str(tmp_path / name))
+    with pytest.raises(DataError, match=f"^data.tokenizer.path .*{message}"):
+        prepare(config.replace(data=config.data.replace(tokenizer=tokenizer)))
+    assert neighbours(config) == before
+
+
 def test_large_vocabulary(make_config: ConfigMaker, config: Config) -> None:
     data = config.data.model_dump() | {"tokenizer": {"path": "deepseek"}}
     folder = prepare(make_config(129_280, **data))

@@ -89,13 +89,15 @@ def test_report(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert out.exists() and f"report: {out}" in capsys.readouterr().out
 
 
-def test_user_errors_are_one_message(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_user_errors_are_one_message(
+    run_folder: Path, prepared_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(run_folder / "step_000012", damaged)
     with (damaged / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")
-    run = str(run_folder)
+    run, data, config = str(run_folder), str(prepared_folder), (run_folder / "config.yaml").read_text()
     cases = {
         ("perplexity", "--checkpoint", str(tmp_path / "none")): "does not exist",
         ("perplexity", "--checkpoint", str(damaged)): "is damaged",
@@ -107,6 +109,13 @@ def test_user_errors_are_one_message(run_folder: Path, tmp_path: Path, capsys: p
         ("gates", "--checkpoint", run, "--text", "a", "--out", str(tmp_path)): "is a folder: name a file with --out",
         ("gates", "--checkpoint", run, "--text", "a", "--out", f"{damaged}/state.json/g.html"): "cannot be written",
         ("report", run, "--out", str(tmp_path)): "is a folder: name a file with --out",
+        ("gates", "--checkpoint", run, "--text", "a", "--out", f"{tmp_path}/g.csv"): "g.html",
+        ("gates", "--checkpoint", run, "--text", "a", "--out", f"{tmp_path}/gates"): "a page is an .html file: name",
+        ("report", run, "--out", f"{run}/config.yaml"): "config.yaml: a page is an .html file: name one with --out",
+        ("perplexity", "--checkpoint", run, "--tokens", "31"): "--tokens is 31, less than one row of --sequence-length",
+        ("perplexity", "--checkpoint", run, "--sequence-length", "99999"): "but one row of --sequence-length 99,999",
+        ("ngram", "--data", data, "--tokens", "5"): "--tokens is 5, less than one row of --sequence-length 1,024",
+        ("ngram", "--data", data, "--sequence-length", "99999"): "lower it, or give other --data",
         ("gates", "--checkpoint", run, "--text", "", "--out", str(tmp_path / "g.html")): "the text is empty",
         ("ngram", "--data", str(tmp_path)): "is not a prepared data folder",
         ("report", str(tmp_path)): "is not a run folder",
@@ -116,6 +125,9 @@ def test_user_errors_are_one_message(run_folder: Path, tmp_path: Path, capsys: p
         out = capsys.readouterr()
         assert out.err.startswith("error: ") and message in out.err and "Traceback" not in out.err, arguments
         assert not out.out
+        # The page of a refused name is not written, nor is anything beside it.
+        assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
+    assert (run_folder / "config.yaml").read_text() == config
 
 
 def test_a_place_that_cannot_be_written(
@@ -147,12 +159,12 @@ def test_damaged_data_is_never_measured(
         assert "validation_000.bin: its sha256 is " in capsys.readouterr().err
 
 
-def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_an_interrupt(prepared_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("eval.ngram.measure", interrupt)
-    assert main(["ngram", "--data", "x"]) == 130
+    assert main(["ngram", "--data", str(prepared_folder), "--sequence-length", "16"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 

@@ -91,3 +91,11 @@ def test_bfloat16_stays_close_to_float32() -> None:
     assert found.dtype == torch.float32
     error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert 1e-5 < error < 0.05
+
+
+@torch.no_grad()
+def test_positions_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(build("yarn"), 1, 9)
+    monkeypatch.setattr("engram.inference.cache.rope_tables", lambda *_: pytest.fail("worked out again"))
+    for _ in range(3):
+        decoder.feed(torch.zeros(1, 3, dtype=torch.int64))

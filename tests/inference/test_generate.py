@@ -1,11 +1,14 @@
 """Generation against recomputation, and the distribution that it samples from."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engram.config import ModelConfig, UserError
+from engram.inference.cache import Decoder
 from engram.inference.generate import choose, generate
 from engram.model.transformer import Transformer
 
@@ -137,3 +140,24 @@ def test_a_choice_is_always_among_the_kept(logits: list[float], uniform: float, 
     row = torch.tensor([logits])
     chosen = int(choose(row, torch.tensor([uniform], dtype=torch.float64), temperature, top_k=k))
     assert row[0, chosen] >= row[0].sort(descending=True).values[k - 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eos_id", [None, 5])
+def test_a_gpu_continues_as_the_cpu_does(model: Transformer, eos_id: int | None) -> None:
+    prompt = torch.randint(0, 37, (4, 6))
+    expected = generate(model, prompt, 40, temperature=0, eos_id=eos_id)
+    found = generate(copy.deepcopy(model).cuda(), prompt, 40, temperature=0, eos_id=eos_id)
+    assert found.device.type == "cuda" and torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_gpu_decodes_in_parts_as_the_cpu_does_at_once(model: Transformer) -> None:
+    tokens = torch.randint(0, 37, (3, 21))
+    expected = model.eval()(tokens)
+    decoder, start = Decoder(copy.deepcopy(model).cuda(), 3, 21), 0
+    for part in (5, 1, 1, 9, 5):
+        found = decoder.feed(tokens[:, start : start + part].cuda())
+        start += part
+        torch.testing.assert_close(found.cpu(), expected[:, start - 1], rtol=1e-4, atol=1e-3)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engram.config import UserError
 from engram.memory.hashing import NgramHash
+from engram.memory.vocabulary import VocabularyMap
 from tests.reference import engram_loops as loops
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "hash_ids.json").read_text())
@@ -295,6 +296,17 @@ def test_rows_of_a_batch_are_independent() -> None:
     ids = torch.randint(-1, 13, (6, 7))
     together = hasher(ids)[4]
     assert torch.equal(together, torch.cat([hasher(row[None])[4] for row in ids]))
+
+
+def test_token_ids_with_their_map_hash_as_compressed_ids() -> None:
+    vocabulary = VocabularyMap.from_texts(["a", "b", "A", "c", " a", "B", "d"])
+    hasher = NgramHash(**{**SMALL, "vocabulary_size": vocabulary.size, "pad_id": 1})
+    tokens, documents = torch.randint(-1, 7, (3, 11)), torch.tensor([[0] * 5 + [1] * 6] * 3)
+    mapped = hasher(tokens, documents, token_map=vocabulary.table_on(tokens.device))
+    compressed = hasher(vocabulary.compress(tokens), documents)
+    assert all(torch.equal(mapped[layer], compressed[layer]) for layer in SMALL["layer_ids"])
+    with pytest.raises(IndexError, match=r"token id 7 at \[1, 2\]"):
+        hasher(torch.tensor([[0, 1, 2], [3, 4, 7]]), token_map=vocabulary.table_on(tokens.device))
 
 
 def test_ids_spread_evenly_over_a_head() -> None:

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from engram.memory.table import RowTable
+from engram.memory.table import RowTable, _neutralise_dead
 from tests.tolerances import assert_close
 
 ROWS, WIDTH = 23, 5
+
+
+def fresh_table(dtype: torch.dtype = torch.float32) -> RowTable:
+    return RowTable(ROWS, WIDTH, init_std=1.0, dtype=dtype)
 
 
 def read_by_loop(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -36,7 +40,7 @@ def ids_with_duplicates_and_dead() -> torch.Tensor:
 
 
 def test_rows_and_gradient() -> None:
-    table, ids = RowTable(ROWS, WIDTH), ids_with_duplicates_and_dead()
+    table, ids = fresh_table(), ids_with_duplicates_and_dead()
     rows = table(ids, torch.float32)
     assert torch.equal(rows.double(), read_by_loop(table.weight, ids))
     cotangent = torch.randn_like(rows)
@@ -51,7 +55,7 @@ def test_rows_and_gradient() -> None:
 
 
 def test_dense_gradients_are_the_same_numbers() -> None:
-    table, ids = RowTable(ROWS, WIDTH), ids_with_duplicates_and_dead()
+    table, ids = fresh_table(), ids_with_duplicates_and_dead()
     table.dense_gradients = True
     rows = table(ids, torch.float32)
     cotangent = torch.randn_like(rows)
@@ -62,7 +66,7 @@ def test_dense_gradients_are_the_same_numbers() -> None:
 
 
 def test_gradient_equals_that_of_plain_indexing() -> None:
-    table, ids = RowTable(ROWS, WIDTH), torch.randint(0, ROWS, (2, 9, 3))
+    table, ids = fresh_table(), torch.randint(0, ROWS, (2, 9, 3))
     weight = table.weight.detach().clone().requires_grad_()
     target = torch.randn(2, 9, 3 * WIDTH)
     ((table(ids, torch.float32) - target) ** 2).sum().backward()
@@ -71,7 +75,7 @@ def test_gradient_equals_that_of_plain_indexing() -> None:
 
 
 def test_gradients_of_two_reads_add_up() -> None:
-    table = RowTable(ROWS, WIDTH)
+    table = fresh_table()
     first, second = torch.randint(0, ROWS, (2, 3, 1)), torch.randint(0, ROWS, (4, 5, 1))
     table(first, torch.float32).sum().backward()
     (3 * table(second, torch.float32)).sum().backward()
@@ -81,7 +85,7 @@ def test_gradients_of_two_reads_add_up() -> None:
 
 
 def test_untouched_rows_have_no_gradient() -> None:
-    table = RowTable(ROWS, WIDTH)
+    table = fresh_table()
     table(torch.tensor([[[4, -1], [9, 4]]]), torch.float32).sum().backward()
     assert table.weight.grad is not None
     gradient = table.weight.grad.coalesce()
@@ -91,14 +95,14 @@ def test_untouched_rows_have_no_gradient() -> None:
 
 def test_a_gradient_that_sums_to_zero_keeps_its_row() -> None:
     # Finding touched rows by a non-zero sum, as a well-known engine does, would lose this one.
-    table = RowTable(ROWS, WIDTH)
+    table = fresh_table()
     table(torch.tensor([[[6]]]), torch.float32).backward(torch.tensor([[[1.0, -1.0, 2.0, -2.0, 0.0]]]))
     assert table.weight.grad is not None
     assert table.weight.grad.coalesce().indices().tolist() == [[6]]
 
 
 def test_dead_ids_neither_read_nor_write() -> None:
-    table = RowTable(ROWS, WIDTH)
+    table = fresh_table()
     with torch.no_grad():
         # The rows that a clamped or wrapped -1 would hit: 0 times infinity is NaN.
         table.weight[0] = float("inf")
@@ -112,7 +116,7 @@ def test_dead_ids_neither_read_nor_write() -> None:
 
 
 def test_only_dead_ids_give_an_empty_gradient() -> None:
-    table = RowTable(ROWS, WIDTH)
+    table = fresh_table()
     rows = table(torch.full((2, 3, 2), -1), torch.float32)
     assert rows.tolist() == torch.zeros(2, 3, 2 * WIDTH).tolist()
     rows.sum().backward()
@@ -122,7 +126,7 @@ def test_only_dead_ids_give_an_empty_gradient() -> None:
 
 
 def test_bfloat16_reads_give_float32_gradients() -> None:
-    table, ids = RowTable(ROWS, WIDTH), ids_with_duplicates_and_dead()
+    table, ids = fresh_table(), ids_with_duplicates_and_dead()
     rows = table(ids, torch.bfloat16)
     assert rows.dtype == torch.bfloat16
     assert torch.equal(rows.double(), read_by_loop(table.weight.bfloat16(), ids))
@@ -135,9 +139,44 @@ def test_bfloat16_reads_give_float32_gradients() -> None:
     assert_close(table.weight.grad, gradient_by_loop(cotangent, ids), "table", name="weight.grad")
 
 
+def test_a_bfloat16_table_reads_exactly_and_has_bfloat16_gradients() -> None:
+    table, ids = fresh_table(torch.bfloat16), ids_with_duplicates_and_dead()
+    assert table.weight.dtype == torch.bfloat16
+    rows = table(ids, torch.float32)
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows.double(), read_by_loop(table.weight, ids))
+    rows.backward(torch.randn_like(rows).bfloat16().float())
+    assert table.weight.grad is not None
+    # Each read's gradient is stored as it came: rows are summed later, in float32.
+    assert table.weight.grad._values().dtype == torch.bfloat16
+    assert table.weight.grad._values().shape == (int((ids >= 0).sum()), WIDTH)
+
+
+def test_without_waiting_for_the_device_dead_ids_change_no_sum() -> None:
+    """The GPU's way: as many rows as ids, but no row more than was read, and no other sums."""
+    ids, cotangent = ids_with_duplicates_and_dead(), torch.randn(3, 7, 4 * WIDTH)
+    rows, values = _neutralise_dead(ids.flatten(), cotangent.view(-1, WIDTH))
+    assert set(rows.tolist()) == set(ids[ids >= 0].tolist())
+    sums = torch.zeros(ROWS, WIDTH).index_add_(0, rows, values)
+    assert_close(sums, gradient_by_loop(cotangent, ids), "table", name="weight.grad")
+
+
+def test_dead_ids_alone_leave_zeros_without_waiting_for_the_device() -> None:
+    rows, values = _neutralise_dead(torch.full((3,), -1), torch.full((3, WIDTH), float("inf")))
+    assert rows.tolist() == [0, 0, 0]
+    assert values.tolist() == torch.zeros(3, WIDTH).tolist()
+    empty, _ = _neutralise_dead(torch.zeros(0, dtype=torch.int64), torch.zeros(0, WIDTH))
+    assert empty.tolist() == []
+
+
+def test_rows_without_a_spread_are_left_to_the_models_initialiser() -> None:
+    # Uninitialised memory holds NaN in tests.
+    assert RowTable(ROWS, WIDTH).weight.isnan().all()
+
+
 def test_ids_beyond_the_table_are_refused() -> None:
-    with pytest.raises((IndexError, RuntimeError)):
-        RowTable(ROWS, WIDTH)(torch.tensor([[[ROWS]]]), torch.float32)
+    with pytest.raises(IndexError, match=f"row id {ROWS} at .0, 0, 0. .* 0 to {ROWS - 1}"):
+        fresh_table()(torch.tensor([[[ROWS]]]), torch.float32)
 
 
 @pytest.mark.parametrize("init_std", [0.0, 0.25, 1.0])

@@ -151,6 +151,13 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
         VocabularyMap.from_texts(["a", "b"]).compress(torch.tensor([2]))
 
 
+def test_the_table_stands_on_a_device_once() -> None:
+    vocabulary = VocabularyMap.from_texts(["a", "b", "A", "c"])
+    table = vocabulary.table_on(torch.device("cpu"))
+    assert table.tolist() == vocabulary.table.tolist()
+    assert vocabulary.table_on(torch.device("cpu")) is table
+
+
 def test_identity_changes_nothing() -> None:
     vocabulary = VocabularyMap.identity(11)
     assert vocabulary.table.tolist() == list(range(11))

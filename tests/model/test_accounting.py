@@ -235,6 +235,23 @@ def test_bytes_of_tables(kind: str, gradient_rows: int | None, state_numbers: in
     assert counts.total == sum(role.total for role in counts.roles.values())
 
 
+@pytest.mark.parametrize("kind", ["row_adam", "rowwise_adagrad", "sinkhorn"])
+def test_bfloat16_halves_tables_and_nothing_else(kind: str) -> None:
+    tables = {"num_heads": 2, "head_dim": 3, "rows_per_head": 11}
+    optim = OptimConfig(table={"kind": kind})
+    bytes_of = {
+        dtype: count_bytes(
+            small_model(memory={**tables, "layer_ids": [1], "table_dtype": dtype}, over_encoding=tables), optim, 5
+        ).roles
+        for dtype in ("float32", "bfloat16")
+    }
+    plain, coarse = bytes_of["float32"].pop("table"), bytes_of["bfloat16"].pop("table")
+    assert bytes_of["float32"] == bytes_of["bfloat16"]
+    # The memory's table has 180 entries; that of over-encoding stays float32.
+    assert coarse.parameters == plain.parameters - 2 * 180
+    assert (coarse.gradients, coarse.state) == (plain.gradients, plain.state)
+
+
 def test_gradient_rows_never_outnumber_the_table() -> None:
     model = small_model(memory={"num_heads": 2, "head_dim": 3, "rows_per_head": 11, "layer_ids": [1]})
     assert count_bytes(model, OptimConfig(), tokens_per_step=10**6).roles["table"].gradients == 60 * (3 * 4 + 8)
@@ -245,7 +262,8 @@ def test_gradient_rows_never_outnumber_the_table() -> None:
 def test_bytes_are_those_of_the_built_optimizer(kind: str, muon: dict[str, Any] | None) -> None:
     tables = {"num_heads": 2, "head_dim": 3, "rows_per_head": 11}
     moe = {"num_experts": 4, "top_k": 2, "expert_dim": 5}
-    memory = {**tables, "layer_ids": [0, 1], "projection_bias": True}
+    dtype = "float32" if kind == "dense_adam" else "bfloat16"
+    memory = {**tables, "layer_ids": [0, 1], "projection_bias": True, "table_dtype": dtype}
     model = small_model(memory=memory, moe=moe, over_encoding=tables, hyper_connection={"hc_mult": 2})
     optim = OptimConfig(muon=muon, table={"kind": kind})
     built = Transformer(model)

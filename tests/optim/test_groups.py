@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from engram.config import MuonConfig, OptimConfig, TableOptimConfig
+from engram.config import ModelConfig, MuonConfig, OptimConfig, TableOptimConfig
+from engram.model.transformer import Transformer
 from engram.optim.groups import RULES, RoleError, Rule, assign_roles, roles_table
 
 from .helpers import model_parameters, model_shapes
@@ -32,6 +33,33 @@ def test_every_parameter_has_its_role(generator: torch.Generator) -> None:
         assert (row.role, row.lr_multiplier, row.weight_decay) == expected, name
     assert sum(row.role == "muon" for row in rows.values()) == 2 + 2 * 5 + 2 + 4
     assert sum(row.role == "table" for row in rows.values()) == 2
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_keys_and_value_of_the_memory_are_matrices_of_their_own(streams: int) -> None:
+    attention = {"num_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    memory = {"layer_ids": [0], "num_heads": 2, "head_dim": 4, "rows_per_head": 31}
+    connection = {"hc_mult": streams} if streams > 1 else None
+    sizes = {"num_layers": 1, "hidden_size": 12, "vocab_size": 37, "attention": attention}
+    model = Transformer(ModelConfig(**sizes, memory=memory, hyper_connection=connection))
+    rows = {row.name: row for row in assign_roles(model.named_parameters(), OPTIM)}
+    assert {name: row.matrices for name, row in rows.items() if row.matrices > 1} == {
+        "blocks.0.memory.wkv.weight": streams + 1
+    }
+    assert f"  {streams + 1} * 12 x 16  " in roles_table(list(rows.values()))
+    # Only Muon looks at a parameter as matrices.
+    plain = assign_roles(model.named_parameters(), OPTIM.replace(muon=None))
+    assert {row.matrices for row in plain} == {1}
+
+
+@pytest.mark.parametrize(("columns", "found"), [(5, "has 5"), (None, "is not there")])
+def test_rows_that_are_no_whole_matrices_are_an_error(columns: int | None, found: str) -> None:
+    rules = (Rule("wkv", "muon", True, None, rows_as="embed"), Rule("embed", "adamw", True, None))
+    parameters = {"wkv": nn.Parameter(torch.ones(12, 3))}
+    if columns is not None:
+        parameters["embed"] = nn.Parameter(torch.ones(7, columns))
+    with pytest.raises(RoleError, match=f"wkv has 12 rows, in matrices of as many as embed has columns, .* {found}: "):
+        assign_roles(parameters.items(), OPTIM, rules)
 
 
 def test_null_muon_sends_hidden_matrices_to_adamw_with_decay(generator: torch.Generator) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -158,3 +159,22 @@ def test_missing_gradient_leaves_weight_and_momentum_alone(generator: torch.Gene
     assert not torch.equal(rows[0].parameter, here)
     rows[0].parameter.grad = None
     role.step(0.1)
+
+
+def test_matrices_below_one_another_move_each_on_its_own(generator: torch.Generator) -> None:
+    """Keys and value of the memory: three tall matrices in one parameter, the last with by far the largest gradient."""
+    start = torch.randn(3 * 17, 5, generator=generator)
+    gradients = [torch.randn(start.shape, generator=generator) for _ in range(2)]
+    for gradient in gradients:
+        gradient[34:] *= 100
+    stacked = dataclasses.replace(assign("wkv", start, "muon", weight_decay=0.1), matrices=3)
+    run([stacked], [[gradient] for gradient in gradients], 0.1, FLOAT32)
+    for rows in torch.arange(51).split(17):
+        alone = assign("key", start[rows], "muon", weight_decay=0.1)
+        run([alone], [[gradient[rows]] for gradient in gradients], 0.1, FLOAT32)
+        torch.testing.assert_close(stacked.parameter[rows], alone.parameter, rtol=1e-5, atol=1e-6)
+    # As one matrix the keys would hardly move.
+    fused = assign("wkv", start, "muon", weight_decay=0.1)
+    run([fused], [[gradient] for gradient in gradients], 0.1, FLOAT32)
+    moved = [(each.parameter[:34] - start[:34] * 0.99**2).norm() for each in (fused, stacked)]
+    assert moved[0] < 0.1 * moved[1]

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import MuonConfig, OptimConfig, TableOptimConfig
+from engram.optim.groups import RoleError
 from engram.optim.optimizer import OptimizerStateError, RoleOptimizer, build_optimizer
 
 from .helpers import gradient_of, model_parameters, model_shapes, set_gradients
@@ -107,6 +108,13 @@ def test_state_of_another_table_optimizer_is_refused() -> None:
     _, adagrad = build("rowwise_adagrad")
     with pytest.raises(OptimizerStateError, match=r"square_sum.*optim\.table\.kind"):
         adagrad.load_tensors(adam.tensors())
+
+
+def test_dense_adam_refuses_tables_in_bfloat16() -> None:
+    parameters = model_parameters(model_shapes(), torch.Generator().manual_seed(11))
+    parameters[TABLE] = nn.Parameter(parameters[TABLE].detach().bfloat16())
+    with pytest.raises(RoleError, match=rf"{TABLE} is stored in bfloat16, but optim\.table\.kind dense_adam"):
+        build_optimizer(parameters.items(), OptimConfig(table=TableOptimConfig(kind="dense_adam")))
 
 
 @pytest.mark.parametrize("kind", KINDS)

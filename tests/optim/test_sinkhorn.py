@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from engram.config import TableOptimConfig
-from engram.optim import sinkhorn
-from engram.optim.sinkhorn import SinkhornMomentum, balance
+from engram.optim.sinkhorn import SinkhornMomentum
 
 from .helpers import assign, random_sparse_gradient, sparse_gradient
 
@@ -63,17 +62,6 @@ def test_updated_rows_move_by_the_configured_rms(scale: float, generator: torch.
     assert torch.equal(row.parameter[touched].sign(), -gradient.sign())
 
 
-def test_balancing_ends_on_rows_and_evens_out_columns(generator: torch.Generator) -> None:
-    matrix = torch.randn(40, 7, generator=generator) * torch.logspace(-2, 2, 7)
-    row, column = balance(matrix, 11, 1e-3)
-    balanced = row[:, None] * matrix * column
-    torch.testing.assert_close(balanced.norm(dim=1), torch.ones(40), rtol=1e-5, atol=0.0)
-    # The squares of 40 rows of norm 1 spread evenly over the columns; one step on rows alone leaves them uneven.
-    torch.testing.assert_close(balanced.square().sum(dim=0), torch.full((7,), 40 / 7), rtol=0.02, atol=0.0)
-    row, column = balance(matrix, 1, 1e-3)
-    assert (row[:, None] * matrix * column).square().sum(dim=0).min() < 0.1
-
-
 def test_inactive_rows_and_columns_of_zeros_do_not_move(generator: torch.Generator) -> None:
     start, gradient = torch.randn(ROWS, WIDTH, generator=generator), torch.randn(ROWS, WIDTH, generator=generator)
     gradient[:, 2] = 0
@@ -106,17 +94,3 @@ def test_momentum_keeps_moving_rows_that_are_not_read(generator: torch.Generator
     before = row.parameter.detach().clone()
     role.step(0.1)
     assert torch.equal(row.parameter, before)
-
-
-def test_chunks_give_the_same_scales(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix = torch.randn(ROWS, WIDTH, generator=generator)
-    whole = balance(matrix.clone(), 11, 1e-3)
-    monkeypatch.setattr(sinkhorn, "rows_per_chunk", lambda table: 4)
-    for x, y in zip(whole, balance(matrix.clone(), 11, 1e-3), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=0.0)
-
-
-def test_no_gradient_at_all_gives_no_update() -> None:
-    row, column = balance(torch.zeros(5, 3), 11, 1e-3)
-    assert row.tolist() == [0.0] * 5
-    assert column.tolist() == [0.0] * 3

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.optim.sparse import coalesce, sum_duplicate_rows
+from engram.optim.sparse import coalesce, plan_gradient
 
 from .helpers import random_sparse_gradient, sparse_gradient
 
@@ -11,14 +11,14 @@ from .helpers import random_sparse_gradient, sparse_gradient
 @given(reads=st.integers(1, 40), num_rows=st.integers(1, 12), width=st.integers(1, 9), seed=st.integers(0, 2**31))
 def test_sums_each_row_once(reads: int, num_rows: int, width: int, seed: int) -> None:
     gradient = random_sparse_gradient(num_rows, width, reads, torch.Generator().manual_seed(seed))
-    rows, values = sum_duplicate_rows(gradient)
+    summed = coalesce(gradient)
+    rows, values = summed.indices()[0], summed.values()
     expected: dict[int, torch.Tensor] = {}
     for row, value in zip(gradient._indices()[0].tolist(), gradient._values(), strict=True):
         expected[row] = expected.get(row, torch.zeros(width)) + value
     assert rows.tolist() == sorted(expected)
     torch.testing.assert_close(values, torch.stack([expected[row] for row in sorted(expected)]))
-    again = sum_duplicate_rows(gradient)[1]
-    assert torch.equal(values, again)
+    assert torch.equal(values, coalesce(gradient).values())
 
 
 def test_coalesced_equals_torch(generator: torch.Generator) -> None:
@@ -36,15 +36,33 @@ def test_accumulated_gradients_are_summed_together(generator: torch.Generator) -
     (table(tokens[0]) * weights[:3]).sum().backward()
     (table(tokens[1]) * weights[3:]).sum().backward()
     assert table.weight.grad is not None and not table.weight.grad.is_coalesced()
-    rows, values = sum_duplicate_rows(table.weight.grad)
+    summed = coalesce(table.weight.grad)
+    rows, values = summed.indices()[0], summed.values()
     assert rows.tolist() == [1, 5, 8]
     torch.testing.assert_close(values, torch.stack([weights[0] + weights[1], weights[2] + weights[3], weights[4]]))
 
 
 def test_no_reads_and_expanded_values() -> None:
-    rows, values = sum_duplicate_rows(sparse_gradient(torch.empty(0, dtype=torch.int64), torch.empty(0, 3), 5))
-    assert rows.shape == (0,) and values.shape == (0, 3)
+    empty = coalesce(sparse_gradient(torch.empty(0, dtype=torch.int64), torch.empty(0, 3), 5))
+    assert empty.is_coalesced()
+    assert empty.values().shape == (0, 3)
     ones = torch.ones(1, 1).expand(4, 3)
-    rows, values = sum_duplicate_rows(sparse_gradient(torch.tensor([2, 0, 2, 2]), ones, 5))
-    assert rows.tolist() == [0, 2]
-    assert values.tolist() == [[1.0] * 3, [3.0] * 3]
+    summed = coalesce(sparse_gradient(torch.tensor([2, 0, 2, 2]), ones, 5))
+    assert summed.indices().tolist() == [[0, 2]]
+    assert summed.values().tolist() == [[1.0] * 3, [3.0] * 3]
+
+
+def test_a_coalesced_gradient_is_left_as_it_is(generator: torch.Generator) -> None:
+    gradient = coalesce(random_sparse_gradient(50, 7, 400, generator))
+    assert coalesce(gradient) is gradient
+    plan = plan_gradient(gradient)
+    assert plan.rows.tolist() == gradient.indices()[0].tolist()
+    assert plan.order.tolist() == plan.starts[:-1].tolist() == list(range(plan.num_reads))
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    """256 + 1 + 1 + ...: in bfloat16 every addition of 1 would be lost."""
+    values = torch.tensor([[256.0]] + [[1.0]] * 64).bfloat16()
+    summed = coalesce(sparse_gradient(torch.zeros(65, dtype=torch.int64), values, 3))
+    assert summed.dtype == torch.bfloat16
+    assert summed.values().tolist() == [[320.0]]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engram.config import Config, parse_config
+from engram.config_file import merge
 from engram.data.prepare import prepare
 from engram.training.trainer import Trainer
 
@@ -91,14 +92,6 @@ def make_config(data: Path, corpus: Path, tmp_path: Path) -> Callable[..., Confi
         return parse_config(merge(config_tree(data, corpus, tmp_path / run), changes))
 
     return make
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
 
 
 @pytest.fixture(autouse=True)

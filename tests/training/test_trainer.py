@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from engram.config import Config
 from engram.data.loader import Loader, validation_batches
 from engram.data.shards import Dataset
+from engram.model.evaluation import validation_loss
 from engram.model.transformer import Transformer
 from engram.training import checkpoint_files
 from engram.training.checkpoint import load_model
 from engram.training.checkpoint_files import step_folders
-from engram.training.evaluation import validation_loss
 from engram.training.run_folder import RunFolderError
 from engram.training.trainer import Exit, Trainer
 from tests.training.conftest import assert_same_checkpoint, metrics_of, tensors_of, train_in_child

@@ -172,6 +172,45 @@ def test_an_allocator_that_gives_up(make_config: MakeConfig, monkeypatch: pytest
         Trainer(make_config()).fit()
 
 
+def exhaust(*_: object) -> None:
+    torch.zeros(2**50, dtype=torch.uint8)
+
+
+def test_a_step_beyond_the_memory(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run says what to lower, and goes on from its last checkpoint as if nothing had happened."""
+    config, compute = make_config(train={"micro_batch_size": 2}), trainer.compute_gradient
+    steps = iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "compute_gradient", lambda *given: (exhaust if next(steps) == 5 else compute)(*given))
+        with pytest.raises(UserError) as raised:
+            Trainer(config).fit()
+    assert str(raised.value) == (
+        "the cpu ran out of memory in a training step over 2 x 32 tokens: lower train.micro_batch_size (now 2 of "
+        "train.batch_size 4) or set train.activation_checkpointing=true, and the same command goes on from the last "
+        "checkpoint; else lower train.batch_size or data.sequence_length or the size of the model in another run_dir"
+    )
+    assert str(raised.value) in (Path(config.run_dir) / "log.txt").read_text()
+    assert os.readlink(Path(config.run_dir) / "latest") == "step_000003"
+    assert Trainer(config).fit() is Exit.DONE
+    whole = make_config("whole", train={"micro_batch_size": 2})
+    Trainer(whole).fit()
+    assert_same_checkpoint(Path(config.run_dir) / "latest", Path(whole.run_dir) / "latest")
+
+
+def test_the_remedies_are_those_that_are_left(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "compute_gradient", exhaust)
+    with pytest.raises(UserError, match=r"2 x 32 tokens: lower train\.micro_batch_size \(now 2 .* 4\), and"):
+        Trainer(make_config(train={"micro_batch_size": 2, "activation_checkpointing": True})).fit()
+    with pytest.raises(UserError, match=r"1 x 32 tokens: lower data\.sequence_length or the size"):
+        Trainer(make_config("one", train={"micro_batch_size": 1, "activation_checkpointing": True})).fit()
+
+
+def test_an_evaluation_beyond_the_memory(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "validation_loss", exhaust)
+    with pytest.raises(UserError, match=r"in an evaluation over 4 x 32 tokens: lower eval\.batch_size, and the"):
+        Trainer(make_config()).fit()
+
+
 def test_a_log_that_is_a_folder(make_config: MakeConfig) -> None:
     config = make_config()
     (Path(config.run_dir) / "log.txt").mkdir(parents=True)

@@ -1,30 +1,71 @@
-"""Softmax attention of queries over earlier keys, by the faster of a fused and an explicit product."""
+"""Softmax attention of queries over earlier keys."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engram.kernels.causal_attention.blocks import causal_attention_blocks
+from engram.kernels.causal_attention.native_cpu import NativeAttention, native_obstacle
 from engram.kernels.causal_attention.reference import causal_attention_ref
+from engram.kernels.choose import Implementation, choose
 
 __all__ = ["causal_attention", "causal_attention_ref"]
 
-# Up to here, compiled explicit products train 1.5 times as fast on CPU as the fused kernel, which is made for long
-# sequences; beyond, the scores no longer fit the cache.
-SHORT = 256
 
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    impl: Implementation | Literal["torch"] = "auto",
+) -> Tensor:
+    """softmax(scale q k^T) v over keys up to the query's position, of those only where `mask` is True.
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q k^T) v over keys up to the query's position, or where `mask` is True.
+    q, k [B, H, T, D], v [B, H, T, V] in one dtype; mask bool [B, 1, T, T], causal, or None; every query sees a key;
+    scale > 0. Returns [B, H, T, V]; softmax in float32.
 
-    q, k [B, H, T, D], v [B, H, T, V] in one dtype; mask bool [B, 1, T, T], causal, or None. Returns [B, H, T, V];
-    softmax in float32.
+    `native` is C++, for bfloat16 on CPU, and deterministic; `torch` is the fused kernel of torch, which `auto` takes on
+    CUDA and wherever else `native` cannot run. Raises TypeError and ValueError for operands that do not fit together,
+    ImplementationUnavailable for an implementation that cannot run.
     """
-    on_cpu = q.device.type == "cpu"
-    if on_cpu and q.shape[-2] <= SHORT and torch.compiler.is_compiling():
-        return causal_attention_blocks(q, k, v, mask, scale)
+    _check(q, k, v, mask, scale)
+    chosen = _choice(impl, q.device.type, q.dtype)
+    if chosen == "native":
+        return NativeAttention.apply(q, k, v, mask, scale)
+    if chosen == "torch":
+        return _fused(q, k, v, mask, scale)
+    return causal_attention_ref(q, k, v, mask, scale)
+
+
+@torch.compiler.assume_constant_result
+def _choice(impl: str, device: str, dtype: torch.dtype) -> str:
+    if impl == "auto" and (device != "cpu" or dtype != torch.bfloat16):
+        return "torch"
+    chosen = choose("causal_attention", impl, device, native=lambda: native_obstacle(device, dtype), torch=lambda: None)
+    return "torch" if impl == "auto" and chosen == "reference" else chosen
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     # CPU's fused kernel refuses values narrower than queries: zeros fill them up.
-    missing = max(q.shape[-1] - v.shape[-1], 0) if on_cpu else 0
+    missing = max(q.shape[-1] - v.shape[-1], 0) if q.device.type == "cpu" else 0
     wide = F.pad(v, (0, missing)) if missing else v
     out = F.scaled_dot_product_attention(q, k, wide, mask, is_causal=mask is None, scale=scale)
     return out[..., : v.shape[-1]]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must share one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.dim() != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
+        raise ValueError(
+            f"q and k must be [B, H, T, D] and v [B, H, T, V], not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    batch, _, length, _ = q.shape
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, 1, length, length)):
+        raise ValueError(
+            f"mask must be bool {[batch, 1, length, length]}, not {mask.dtype} {list(mask.shape)}: one for all heads"
+        )
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, not {scale}")

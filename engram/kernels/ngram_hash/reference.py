@@ -1,23 +1,26 @@
 """The specification of `ngram_hash` in plain torch.
 
-Letters: B batch, T tokens, L memory layers, N longest n-gram, O = N-1 orders, H heads of one order, C = O*H columns.
+Letters: B batch, T tokens, L memory layers, N longest n-gram, O = N-1 orders, H heads of one order, C = O*H columns,
+V token ids.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 def ngram_hash_ref(
-    compressed_ids: torch.Tensor,
-    document_ids: torch.Tensor | None,
-    multipliers: torch.Tensor,
-    primes: torch.Tensor,
-    offsets: torch.Tensor | None,
+    ids: Tensor,
+    document_ids: Tensor | None,
+    multipliers: Tensor,
+    primes: Tensor,
+    offsets: Tensor | None,
     *,
     pad_id: int,
     stop_at_pad: bool,
-) -> torch.Tensor:
-    ids_BT = compressed_ids
+    token_map: Tensor | None = None,
+) -> Tensor:
+    ids_BT = ids if token_map is None else _compress(ids, token_map)
     length = ids_BT.shape[1]
     multipliers_NL = multipliers.T[:, :, None, None]
     mix_LBT = ids_BT * multipliers_NL[0]
@@ -40,3 +43,20 @@ def ngram_hash_ref(
     if offsets is not None:
         hash_ids_LBTC += offsets[:, None, None]
     return hash_ids_LBTC.masked_fill_((ids_BT < 0)[..., None], -1)
+
+
+def _compress(ids_BT: Tensor, map_V: Tensor) -> Tensor:
+    known_BT = (ids_BT >= 0) & (ids_BT < len(map_V))
+    keys_BT = map_V.index_select(0, torch.where(known_BT, ids_BT, 0).flatten()).view_as(ids_BT)
+    return torch.where(known_BT, keys_BT, -1)
+
+
+def check_token_ids(ids_BT: Tensor, token_map: Tensor) -> None:
+    """Raises IndexError that names the first id beyond the map; on a GPU this waits for the device."""
+    beyond_BT = ids_BT >= len(token_map)
+    if beyond_BT.any():
+        row, position = beyond_BT.nonzero()[0].tolist()
+        raise IndexError(
+            f"token id {int(ids_BT[row, position])} at [{row}, {position}] lies beyond the token map, whose ids are 0 "
+            f"to {len(token_map) - 1}"
+        )

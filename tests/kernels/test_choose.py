@@ -1,0 +1,81 @@
+import logging
+
+import pytest
+
+from engram.kernels import choose as module
+from engram.kernels.choose import ImplementationUnavailable, choose, is_interpreted, triton_obstacle
+
+
+@pytest.fixture(autouse=True)
+def _warnings_forgotten() -> None:
+    module._warn_once.cache_clear()
+
+
+def _fine() -> None:
+    return None
+
+
+def _forbidden() -> str | None:
+    raise AssertionError("an obstacle that does not matter was asked for")
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", "triton"), ("cpu", "native"), ("mps", "native")])
+def test_auto_takes_what_is_fast_on_the_device(device: str, chosen: str, caplog: pytest.LogCaptureFixture) -> None:
+    obstacles = {"triton": _forbidden, "native": _forbidden} | {chosen: _fine}
+    assert choose("op", "auto", device, **obstacles) == chosen
+    assert not caplog.records
+
+
+def test_auto_without_a_fast_implementation_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose("op", "auto", "cpu", triton=_forbidden) == "reference"
+    assert choose("op", "auto", "cuda", native=_forbidden) == "reference"
+    assert not caplog.records
+
+
+def test_auto_says_once_why_it_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for op in ("op", "op", "other"):
+            assert choose(op, "auto", "cpu", native=lambda: "no compiler was found") == "reference"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{op} runs as plain torch, which is slower, because its native kernel cannot run: no compiler was found"
+        for op in ("op", "other")
+    ]
+
+
+def test_a_name_is_taken_at_its_word() -> None:
+    assert choose("op", "reference", "cuda", triton=_forbidden) == "reference"
+    assert choose("op", "triton", "cpu", triton=_fine, native=_forbidden) == "triton"
+    assert choose("op", "native", "cuda", triton=_forbidden, native=_fine) == "native"
+
+
+def test_what_cannot_run_raises_with_the_reason() -> None:
+    message = "^op: the native implementation was asked for, but no compiler was found$"
+    with pytest.raises(ImplementationUnavailable, match=message):
+        choose("op", "native", "cpu", native=lambda: "no compiler was found")
+
+
+@pytest.mark.parametrize("impl", ["native", "cuda", ""])
+def test_an_unknown_name_raises_with_the_known_ones(impl: str) -> None:
+    message = f"^op has no implementation '{impl}': choose one of auto, reference, triton$"
+    with pytest.raises(ValueError, match=message):
+        choose("op", impl, "cpu", triton=_forbidden)
+
+
+@pytest.mark.parametrize(("value", "interpreted"), [("1", True), ("0", False), (None, False)])
+def test_the_interpreter_runs_triton_on_cpu(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, interpreted: bool
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert is_interpreted() is interpreted
+    reason = triton_obstacle("cpu")
+    assert reason is None if interpreted else reason is not None and reason.startswith("the tensors are on cpu: ")
+    assert triton_obstacle("cuda") is None
+
+
+def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    for device in ("cpu", "cuda"):
+        reason = triton_obstacle(device)
+        assert reason is not None and reason.startswith("triton is not installed")
