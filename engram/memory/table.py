@@ -46,7 +46,7 @@ class _ReadRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, dense: bool) -> torch.Tensor:
         ctx.save_for_backward(ids)
-        # A read of a bfloat16 table is not rounded before it is summed: optimizers let such tables have float32 gradients.
+        # Optimizers give bfloat16 tables float32 gradients: a read is not rounded before it is summed.
         ctx.table_shape, ctx.grad_dtype, ctx.dense = weight.shape, weight.grad_dtype or weight.dtype, dense
         return gather_rows(weight, ids, dtype=dtype)
 

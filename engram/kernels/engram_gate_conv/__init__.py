@@ -86,6 +86,8 @@ def _validate(
         raise ValueError("conv_weight and conv_gain come together: give both or neither")
     if dilation < 1:
         raise ValueError(f"dilation is {dilation}: it must be at least 1")
+    if conv_weight is not None and not conv_weight.shape[-1:].numel():
+        raise ValueError("conv_weight has no taps: give at least one, or None for no convolution")
     batch, length, streams, width = hidden.shape
     columns = width if gate is None else (streams + 1) * width
     _expect("keys_and_value", keys_and_value, (batch, length, columns))

@@ -271,7 +271,7 @@ void backward_chunk(const Sizes &size, const T *grad, const T *hidden, const T *
             int64_t n = first + t;
             const float *sum = grad_value.data() + (t - low) * D;
             // A dead token's sum is zero, and its value may be anything.
-            const T *value = saved.gates[n * G] != 0 ? values + n * C : zeros.data();
+            const T *value = shrink[t - low] != 0 ? values + n * C : zeros.data();
             T *target = grad_keys + n * C + C - D;
             for (int64_t d = 0; d < D; d++) target[d] = from_float<T>(sum[d] - shrink[t - low] * to_float(value[d]));
         }

@@ -38,8 +38,8 @@ def linear_cross_entropy(
     targets int64 [T]. A sum scales its gradient by one number, so the gradient is taken while a chunk's logits are at
     hand and no product is computed twice; the head's gradient is summed in float32. `compiled` fuses what `reference`,
     plain torch by chunks, does between the products; `triton` overwrites the logits by their gradient in one kernel and
-    never waits for the device. Any other target outside [0, V) raises IndexError on CPU and makes the loss NaN in
-    `triton`.
+    never waits for the device. Any other target outside [0, V) raises RuntimeError on CPU and makes the loss NaN in
+    `triton`. There is no second derivative: asking for one raises.
     """
     chosen = _check(x, weight, targets, impl)
     if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
@@ -96,6 +96,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*output[1:])
 
 
+# The saved gradients are constants to autograd: a second derivative would silently lack its largest part.
+@torch.autograd.function.once_differentiable
 def _gradient(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5

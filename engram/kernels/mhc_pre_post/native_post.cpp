@@ -7,7 +7,8 @@
 constexpr long AHEAD = 4;
 
 template <typename T, int G>
-static void post_forward(const T *x, const T *y, const float *h_post, const float *h_res, T *out, long tokens, long width) {
+static void post_forward(const T *x, const T *y, const float *h_post, const float *h_res, T *out, long tokens,
+                         long width) {
 #pragma omp parallel for schedule(static)
     for (long t = 0; t < tokens; t++) {
         const float *post = h_post + t * G, *mixing = h_res + t * G * G;
@@ -79,8 +80,8 @@ void mhc_post_forward(const void *x, const void *y, const float *h_post, const f
     });
 }
 
-void mhc_post_backward(const void *x, const void *y, const float *h_post, const float *h_res, const void *dout, void *dx,
-                       void *dy, float *dpost, float *dres, long tokens, long width, int streams, int wide) {
+void mhc_post_backward(const void *x, const void *y, const float *h_post, const float *h_res, const void *dout,
+                       void *dx, void *dy, float *dpost, float *dres, long tokens, long width, int streams, int wide) {
     with_streams(streams, wide, [&](auto g, auto type) {
         using T = decltype(type);
         post_backward<T, g()>((const T *)x, (const T *)y, h_post, h_res, (const T *)dout, (T *)dx, (T *)dy, dpost, dres,

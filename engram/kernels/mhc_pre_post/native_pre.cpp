@@ -1,7 +1,8 @@
 // mHC's read (pre) and its gradient; either goes over the streams once.
 //
-// Legend: G streams of width D, a multiple of 16. A token's row holds its K = G D values; its O = G (G + 2) coefficients
-// lie as rows of G: h_pre, h_post, then the G rows of h_res. Sixteen tokens are a block; one lane is one token.
+// Legend: G streams of width D, a multiple of 16. A token's row holds its K = G D values; its O = G (G + 2)
+// coefficients lie as rows of G: h_pre, h_post, then the G rows of h_res. Sixteen tokens are a block; one lane is one
+// token.
 //
 // Sinkhorn: alternate normalisation of columns and rows of M only ever scales them, so every iterate is
 // diag(u) M diag(v). One step is v = 1 / (M^T u), u = 1 / (M v), and the backward pass needs the vectors of each step,
@@ -198,10 +199,12 @@ static inline units broadcast_unit(const T *source) {
 }
 
 template <typename T, int G, int TOKENS>
-static void project(const T *const *rows, const uint32_t *packed, long row_length, float (*result)[OUTPUT_VECTORS<G> * LANES]) {
+static void project(const T *const *rows, const uint32_t *packed, long row_length,
+                    float (*result)[OUTPUT_VECTORS<G> * LANES]) {
     constexpr int VECTORS = OUTPUT_VECTORS<G>;
     lanes sums[TOKENS][VECTORS] = {};
     for (long k = 0; k < row_length; k += PER_UNIT<T>, packed += VECTORS * LANES) {
+        // The next block comes from memory meanwhile.
         if (k % LINE<T> == 0)
             for (int t = 0; t < TOKENS; t++) __builtin_prefetch(rows[t] + k + LANES * row_length, 0, 2);
         units w[VECTORS];
@@ -303,7 +306,8 @@ static inline void row_gradients(const RowTerms<T, G> &terms, const uint32_t *pa
 }
 
 template <typename T, int G, bool CARRIED>
-static void row_gradients(const RowTerms<T, G> &terms, const uint32_t *packed, long count, long width, const Rows<T> &dx) {
+static void row_gradients(const RowTerms<T, G> &terms, const uint32_t *packed, long count, long width,
+                          const Rows<T> &dx) {
     constexpr int TOGETHER = 8;
     for (int l = 0; l < count; l += TOGETHER)
         for (int g = 0; g < G; g++) {
@@ -314,7 +318,8 @@ static void row_gradients(const RowTerms<T, G> &terms, const uint32_t *packed, l
         }
 }
 
-// sums [PADDED_OUTPUTS, K] += dproduct^T x over `unit_count` units of tokens; `ahead(k)` is called on the way.
+// sums [K / LANES, PADDED_OUTPUTS, LANES] += dproduct^T x over `unit_count` units of tokens; `ahead(k)` is called on the
+// way.
 template <typename T, int G, typename Ahead>
 static void weight_gradients(const T *const *rows, const uint32_t (*of_product)[PADDED_OUTPUTS<G>], int unit_count,
                              long row_length, float *sums, Ahead ahead) {
@@ -322,14 +327,18 @@ static void weight_gradients(const T *const *rows, const uint32_t (*of_product)[
         ahead(k);
         for (int o0 = 0; o0 < PADDED_OUTPUTS<G>; o0 += GROUP<G>) {
             lanes sum[GROUP<G>];
-            for (int o = 0; o < GROUP<G>; o++) sum[o] = load(sums + (o0 + o) * row_length + k);
+            float *group = sums + k * PADDED_OUTPUTS<G> + o0 * LANES;
+            // Every loop over the sums is unrolled: with an index they would be in memory.
+#pragma GCC unroll 24
+            for (int o = 0; o < GROUP<G>; o++) sum[o] = load(group + o * LANES);
             for (int n = 0; n < unit_count; n++) {
                 units x = pair_rows(rows[n * PER_UNIT<T>] + k, rows[(n + 1) * PER_UNIT<T> - 1] + k);
 #pragma GCC unroll 24
                 for (int o = 0; o < GROUP<G>; o++)
                     sum[o] = multiply_add<T>(sum[o], broadcast(of_product[n][o0 + o]), x);
             }
-            for (int o = 0; o < GROUP<G>; o++) store(sums + (o0 + o) * row_length + k, sum[o]);
+#pragma GCC unroll 24
+            for (int o = 0; o < GROUP<G>; o++) store(group + o * LANES, sum[o]);
         }
     }
 }
@@ -369,18 +378,22 @@ struct PreBackward {
             for (long c = 0; c < chunks; c++) {
                 Sums sums{of_weight.get() + c * size};
                 std::fill_n(sums.weight, size, 0.0f);
-                for (long first = c * chunk, end = std::min(blocks, first + chunk); first < end; first += BATCH)
-                    add_batch(first, static_cast<int>(std::min<long>(BATCH, end - first)), packed.data(), scales.data(), sums);
+                for (long first = c * chunk, end = std::min(blocks, first + chunk); first < end; first += BATCH) {
+                    int count = static_cast<int>(std::min<long>(BATCH, end - first));
+                    add_batch(first, count, packed.data(), scales.data(), sums);
+                }
                 float *rest = of_rest.get() + c * (O + 3);
                 for (int o = 0; o < O; o++) rest[o] = total(sums.bias[o]);
                 for (int part = 0; part < 3; part++) rest[O + part] = total(sums.scale[part]);
             }
 #pragma omp for schedule(static)
-            for (long at = 0; at < O * G * width; at += LANES) {
-                lanes sum = {};
-                for (long c = 0; c < chunks; c++) sum += load(of_weight.get() + c * size + at);
-                store(dweight + at, sum);
-            }
+            for (long k = 0; k < G * width; k += LANES)
+                for (int o = 0; o < O; o++) {
+                    const float *part = of_weight.get() + k * PADDED_OUTPUTS<G> + o * LANES;
+                    lanes sum = {};
+                    for (long c = 0; c < chunks; c++) sum += load(part + c * size);
+                    store(dweight + o * G * width + k, sum);
+                }
         }
         for (int n = 0; n < O + 3; n++) {
             float sum = 0.0f;
@@ -402,9 +415,11 @@ struct PreBackward {
                 for (int o = 0; o < O; o += PER)
                     terms.rounded[l][o / PER] = unit<T>(terms.of_product[o][l], terms.of_product[o + PER - 1][l]);
             }
-            for (int l = 0; l < LANES; l += PER)
-                for (int o = 0; o < O; o++)
-                    by_token[(b * LANES + l) / PER][o] = unit<T>(terms.of_product[o][l], terms.of_product[o][l + PER - 1]);
+            for (int o = 0; o < O; o++) {
+                const float *product = terms.of_product[o];
+                for (int l = 0; l < LANES; l += PER)
+                    by_token[(b * LANES + l) / PER][o] = unit<T>(product[l], product[l + PER - 1]);
+            }
             auto write = carried ? row_gradients<T, G, true> : row_gradients<T, G, false>;
             write(terms, packed, block.count, width, Rows<T>(dx, block, G * width));
         }
@@ -461,8 +476,8 @@ struct PreBackward {
 extern "C" {
 
 void mhc_pre_forward(const void *x, const float *weight, const float *scale, const float *bias, void *u, float *h_post,
-                     float *h_res, float *normalised, float *inverse_rms, long tokens, long width, int streams, int wide,
-                     int steps, float eps) {
+                     float *h_res, float *normalised, float *inverse_rms, long tokens, long width, int streams,
+                     int wide, int steps, float eps) {
     with_streams(streams, wide, [&](auto g, auto type) {
         using T = decltype(type);
         pre_forward<T, g()>((const T *)x, weight, {scale, bias, steps}, (T *)u, h_post, h_res, normalised, inverse_rms,
@@ -470,14 +485,14 @@ void mhc_pre_forward(const void *x, const float *weight, const float *scale, con
     });
 }
 
-void mhc_pre_backward(const void *x, const float *weight, const float *scale, const float *bias, const float *normalised,
-                      const float *inverse_rms, const void *du, const void *carried, const float *dpost,
-                      const float *dres, void *dx, float *dweight, float *dscale, float *dbias, long tokens, long width,
-                      int streams, int wide, int steps) {
+void mhc_pre_backward(const void *x, const float *weight, const float *scale, const float *bias,
+                      const float *normalised, const float *inverse_rms, const void *du, const void *carried,
+                      const float *dpost, const float *dres, void *dx, float *dweight, float *dscale, float *dbias,
+                      long tokens, long width, int streams, int wide, int steps) {
     with_streams(streams, wide, [&](auto g, auto type) {
         using T = decltype(type);
-        PreBackward<T, g()>{(const T *)x, (const T *)du, (const T *)carried, weight, normalised, inverse_rms, dpost, dres,
-                            {scale, bias, steps}, tokens, width, (T *)dx, dweight, dscale, dbias}
+        PreBackward<T, g()>{(const T *)x, (const T *)du, (const T *)carried, weight, normalised, inverse_rms, dpost,
+                            dres, {scale, bias, steps}, tokens, width, (T *)dx, dweight, dscale, dbias}
             .run();
     });
 }

@@ -17,6 +17,8 @@ def builds() -> list[Build]:
     shapes = [
         # tokens, streams, width
         ("quickstart", (4096, 4, 128), torch.float32),
+        ("quickstart", (4096, 4, 128), torch.bfloat16),
+        ("tiny", (4096, 4, 192), torch.float32),
         ("tiny", (4096, 4, 192), torch.bfloat16),
         ("engram_27b", (32768, 4, 2560), torch.bfloat16),
         ("v4_1", (32768, 4, 5120), torch.bfloat16),

@@ -21,9 +21,9 @@ def post_forward_kernel(
     mask_TD = live_T[:, None] & (channel_D < D)[None]
     at_TD = token_T[:, None] * (G * D) + channel_D[None]
     y_TD = tl.load(y + token_T[:, None] * D + channel_D[None], mask=mask_TD, other=0.0).to(tl.float32)
-    streams: tuple = ()
+    streams = ()
     for i in tl.static_range(G):
-        streams = streams + (tl.load(x + at_TD + i * D, mask=mask_TD, other=0.0).to(tl.float32),)
+        streams = streams + (tl.load(x + at_TD + i * D, mask=mask_TD, other=0.0).to(tl.float32),)  # type: ignore[assignment]
     for o in tl.static_range(G):
         out_TD = tl.load(h_post + token_T * G + o, mask=live_T, other=0.0)[:, None] * y_TD
         for i in tl.static_range(G):
@@ -60,12 +60,12 @@ def post_backward_kernel(
         at_TD = token_T[:, None] * (G * D) + channel_D[None]
         y_TD = tl.load(y + token_T[:, None] * D + channel_D[None], mask=mask_TD, other=0.0).to(tl.float32)
         dy_TD = tl.zeros([T, CHUNK], tl.float32)
-        of_out: tuple = ()
+        of_out = ()
         for o in tl.static_range(G):
             of_out_TD = tl.load(dout + at_TD + o * D, mask=mask_TD, other=0.0).to(tl.float32)
             dy_TD += tl.load(h_post + token_T * G + o, mask=live_T, other=0.0)[:, None] * of_out_TD
             products_TC += tl.where(place_C[None] == G * G + o, tl.sum(of_out_TD * y_TD, 1)[:, None], 0.0)
-            of_out = of_out + (of_out_TD,)
+            of_out = of_out + (of_out_TD,)  # type: ignore[assignment]
         tl.store(dy + token_T[:, None] * D + channel_D[None], dy_TD.to(dy.dtype.element_ty), mask=mask_TD)
         for i in tl.static_range(G):
             x_TD = tl.load(x + at_TD + i * D, mask=mask_TD, other=0.0).to(tl.float32)

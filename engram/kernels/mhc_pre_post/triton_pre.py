@@ -168,9 +168,8 @@ def pre_backward_kernel(
     token_T11, live_T11 = token_T[:, None, None], live_T[:, None, None]
     scale_RC = tl.load(scale + tl.minimum(row_RC, 2))
     bias_RC = tl.load(bias + place_RC, mask=exists_RC, other=0.0)
-    normalised_TRC = tl.load(
-        normalised + token_T11 * OUTPUTS + place_RC[None], mask=live_T11 & exists_RC[None], other=0.0
-    )
+    at_TRC, mask_TRC = token_T11 * OUTPUTS + place_RC[None], live_T11 & exists_RC[None]
+    normalised_TRC = tl.load(normalised + at_TRC, mask=mask_TRC, other=0.0)
     logits_TRC = normalised_TRC * scale_RC[None] + bias_RC[None]
     gates_TRC = tl.sigmoid(logits_TRC)
     of_post_TRC = tl.load(

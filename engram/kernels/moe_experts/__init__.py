@@ -95,7 +95,10 @@ def _check(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down
             "x must be [T, D], expert_ids and weights [T, K], not "
             f"{list(x.shape)}, {list(expert_ids.shape)} and {list(weights.shape)}"
         )
-    if gate_up.dim() != 4 or down.shape != (len(gate_up), x.shape[1], gate_up.shape[2]):
+    if not expert_ids.shape[1]:
+        raise ValueError("every token needs at least one expert, but expert_ids and weights have no columns")
+    experts, hidden, width = down.shape if down.dim() == 3 else (0, 0, 0)
+    if hidden != x.shape[1] or gate_up.shape != (experts, 2, width, hidden):
         raise ValueError(
             "gate_up must be [E, 2, F, D] and down [E, D, F], not "
             f"{list(gate_up.shape)} and {list(down.shape)} for a hidden size of {x.shape[1]}"

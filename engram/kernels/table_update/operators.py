@@ -12,7 +12,7 @@ from engram.kernels.table_update.reference import RowPlan
 
 @torch.library.custom_op("engram::plan_rows", mutates_args=())
 def plan_rows(ids: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation("plan_rows", impl)(ids)
+    return _implementation("plan_rows", impl)(ids.contiguous())
 
 
 @plan_rows.register_fake
