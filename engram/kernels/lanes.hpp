@@ -27,7 +27,7 @@ constexpr int LINE = 64 / sizeof(T);
 
 // Brings a row near the processor while something else is computed; rows that are not there do no harm.
 template <typename T>
-static inline void fetch(const T *row, long length) {
+[[gnu::always_inline]] static inline void fetch(const T *row, long length) {
     for (long k = 0; k < length; k += LINE<T>) __builtin_prefetch(row + k);
 }
 

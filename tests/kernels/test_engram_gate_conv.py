@@ -184,6 +184,15 @@ def test_below_the_floor_the_gate_is_constant(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FAST)
+def test_a_gate_that_rounds_to_zero_is_no_dead_token(impl: str) -> None:
+    sample = case((1, 5, 2, 128), gate="plain", dilation=1, dead=0)
+    sample.tensors["keys_and_value"][..., :128] = -sample.tensors["hidden"][:, :, 0]
+    sample.tensors["gain"][0] = 20.0
+    assert sample.run(impl)["gates"][..., 0].count_nonzero() == 0
+    sample.compare(impl)
+
+
+@pytest.mark.parametrize("impl", FAST)
 def test_small_values_meet_the_epsilon_of_the_second_norm(impl: str) -> None:
     # Here the norm lets the size of the value through, and with it a gradient to the gate.
     sample = case((2, 9, 2, 16))
@@ -279,6 +288,8 @@ def test_bad_input_is_named() -> None:
         call(gate=None)
     with pytest.raises(ValueError, match="conv_weight and conv_gain come together"):
         call(conv_gain=None)
+    with pytest.raises(ValueError, match="conv_weight has no taps"):
+        call(conv_weight=torch.randn(32, 1, 0))
     with pytest.raises(ValueError, match="dilation is 0"):
         call(dilation=0)
     with pytest.raises(ValueError, match=r"hidden must be floating point \[B, T, G, D\]"):

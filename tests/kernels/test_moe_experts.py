@@ -170,12 +170,19 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtur
         ({"down": torch.randn(3, 16, 8).double()}, TypeError, "share x's dtype or float32"),
         ({"weights": torch.rand(9, 3)}, ValueError, r"\[9, 16\], \[9, 2\] and \[9, 3\]"),
         ({"down": torch.randn(3, 8, 16)}, ValueError, r"\[3, 8, 16\] for a hidden size of 16"),
+        ({"gate_up": torch.randn(3, 2, 8, 32)}, ValueError, r"\[3, 2, 8, 32\] and \[3, 16, 8\]"),
+        ({"gate_up": torch.randn(3, 3, 8, 16)}, ValueError, r"\[3, 3, 8, 16\] and \[3, 16, 8\]"),
+        (
+            {"ids": torch.zeros(9, 0, dtype=torch.int64), "weights": torch.rand(9, 0)},
+            ValueError,
+            "at least one expert",
+        ),
     ],
 )
 def test_operands_that_do_not_fit(changes: dict[str, Tensor], error: type[Exception], message: str) -> None:
-    tensors = {**_inputs(9, 16, 3, 8), **changes}
+    tensors = {**_inputs(9, 16, 3, 8), "ids": _ids(9, 3), **changes}
     with pytest.raises(error, match=message):
-        moe_experts(tensors["x"], _ids(9, 3), *(tensors[name] for name in NAMES[1:]))
+        moe_experts(tensors["x"], tensors["ids"], *(tensors[name] for name in NAMES[1:]))
 
 
 @needs_native

@@ -60,6 +60,14 @@ def test_plan(impl: Implementation, ids: list[int]) -> None:
     assert plan.num_reads == len(ids)
 
 
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_plan_of_ids_with_strides(impl: Implementation) -> None:
+    ids = torch.tensor([4, 0, 2, 1, 4, 3])[::2]
+    plan = plan_rows(ids, impl=impl)
+    assert plan.rows.tolist() == [2, 4]
+    assert plan.order.tolist() == [1, 0, 2]
+
+
 @pytest.mark.parametrize("rows", [1, 300, 2**11, 2**22 + 1, 2**40])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_native_plan_of_many_reads(rows: int, threads: int) -> None:

@@ -86,7 +86,7 @@ def _validate(
         raise ValueError("conv_weight and conv_gain come together: give both or neither")
     if dilation < 1:
         raise ValueError(f"dilation is {dilation}: it must be at least 1")
-    if conv_weight is not None and not conv_weight.shape[-1:].numel():
+    if conv_weight is not None and not conv_weight.shape[-1]:
         raise ValueError("conv_weight has no taps: give at least one, or None for no convolution")
     batch, length, streams, width = hidden.shape
     columns = width if gate is None else (streams + 1) * width
@@ -149,7 +149,8 @@ def _forward(
     if impl == "triton":
         from engram.kernels.engram_gate_conv.triton import forward_triton
 
-        forward_triton(*inputs, out, gates, scores, scales, gate, dilation, eps, conv_eps)
+        with torch.cuda.device_of(hidden):
+            forward_triton(*inputs, out, gates, scores, scales, gate, dilation, eps, conv_eps)
     else:
         forward_native(*inputs, out, gates, scores, scales, gate, dilation, eps, conv_eps)
     return results
@@ -185,7 +186,8 @@ def _backward(
 
         run = backward_triton
     inputs = hidden.contiguous(), keys_and_value.contiguous(), alive.contiguous(), _contiguous(gain), _contiguous(taps)
-    run(grad.contiguous(), *inputs, gates, scores, scales, *results, gate, dilation, conv_eps)
+    with torch.cuda.device_of(hidden):
+        run(grad.contiguous(), *inputs, gates, scores, scales, *results, gate, dilation, conv_eps)
     return results
 
 

@@ -102,29 +102,33 @@ int64_t gather(const Table &table, const int64_t *ids, int64_t count, Out *out) 
     const int64_t ahead = std::clamp<int64_t>(PREFETCH_BYTES / row_bytes, 4, 64);
     const In *values = static_cast<const In *>(table.values);
     int64_t first_bad = count;
-#pragma omp parallel for schedule(static) reduction(min : first_bad) if (count * width > 16384)
-    for (int64_t i = 0; i < count; i++) {
-        if (i + ahead < count) {
-            const int64_t next = ids[i + ahead];
-            if (next >= 0 && next < table.rows) {
-                const uintptr_t row = reinterpret_cast<uintptr_t>(values + next * table.row_stride);
-                for (uintptr_t line = row & -LINE; line < row + row_bytes; line += LINE)
-                    prefetch(reinterpret_cast<const void *>(line));
-                if (table.scales) prefetch(table.scales + next * table.scale_stride);
+#pragma omp parallel reduction(min : first_bad) if (count * width > 16384)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < count; i++) {
+            if (i + ahead < count) {
+                const int64_t next = ids[i + ahead];
+                if (next >= 0 && next < table.rows) {
+                    const uintptr_t row = reinterpret_cast<uintptr_t>(values + next * table.row_stride);
+                    for (uintptr_t line = row & -LINE; line < row + row_bytes; line += LINE)
+                        prefetch(reinterpret_cast<const void *>(line));
+                    if (table.scales) prefetch(table.scales + next * table.scale_stride);
+                }
+            }
+            const int64_t id = ids[i];
+            if (id >= 0 && id < table.rows) {
+                const uint8_t *scales = table.scales ? table.scales + id * table.scale_stride : nullptr;
+                copy_row<In, Out, STREAM>(values + id * table.row_stride, scales, width, out + i * width);
+            } else {
+                std::memset(static_cast<void *>(out + i * width), 0, width * sizeof(Out));
+                if (id >= 0) first_bad = std::min(first_bad, i);
             }
         }
-        const int64_t id = ids[i];
-        if (id >= 0 && id < table.rows) {
-            const uint8_t *scales = table.scales ? table.scales + id * table.scale_stride : nullptr;
-            copy_row<In, Out, STREAM>(values + id * table.row_stride, scales, width, out + i * width);
-        } else {
-            std::memset(static_cast<void *>(out + i * width), 0, width * sizeof(Out));
-            if (id >= 0) first_bad = std::min(first_bad, i);
-        }
-    }
 #ifdef __AVX__
-    if (STREAM) _mm_sfence();
+        // Each thread's own: what it wrote past the caches is seen by whoever comes after the loop's end.
+        if (STREAM) _mm_sfence();
 #endif
+    }
     return first_bad == count ? -1 : first_bad;
 }
 

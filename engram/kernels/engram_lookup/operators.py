@@ -62,7 +62,8 @@ def engram_lookup(
     out = tokens.new_empty(*tokens.shape, primes.numel() * table.shape[1], dtype=dtype)
     tokens, documents = tokens.contiguous(), None if document_ids is None else document_ids.contiguous()
     recipe = multipliers, primes, offsets, token_map
-    engram_lookup_triton(tokens, documents, *recipe, table, scales, ids, out, pad_id, stop_at_pad)
+    with torch.cuda.device_of(tokens):
+        engram_lookup_triton(tokens, documents, *recipe, table, scales, ids, out, pad_id, stop_at_pad)
     return out, ids
 
 
@@ -105,6 +106,7 @@ def _fill(
     if impl == "triton":
         from engram.kernels.engram_lookup.triton import gather_rows_triton
 
-        gather_rows_triton(table, ids, scales, out)
+        with torch.cuda.device_of(ids):
+            gather_rows_triton(table, ids, scales, out)
     else:
         out.copy_(gather_rows_ref(table, ids, scales=scales, dtype=out.dtype))

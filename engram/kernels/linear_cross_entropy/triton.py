@@ -61,9 +61,10 @@ def _launch(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
     assert logits.is_contiguous()
     losses = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
     block = min(triton.next_power_of_2(num_classes), BLOCK)
-    _cross_entropy_kernel[(num_tokens,)](
-        logits, targets.contiguous(), losses, num_classes, IGNORE, gradient, block, num_warps=8
-    )
+    with torch.cuda.device_of(logits):
+        _cross_entropy_kernel[(num_tokens,)](
+            logits, targets.contiguous(), losses, num_classes, IGNORE, gradient, block, num_warps=8
+        )
     return losses
 
 

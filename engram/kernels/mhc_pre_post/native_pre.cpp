@@ -318,20 +318,21 @@ static void row_gradients(const RowTerms<T, G> &terms, const uint32_t *packed, l
         }
 }
 
-// sums [K / LANES, PADDED_OUTPUTS, LANES] += dproduct^T x over `unit_count` units of tokens; `ahead(k)` is called on the
-// way.
-template <typename T, int G, typename Ahead>
+// sums [K / LANES, PADDED_OUTPUTS, LANES] += dproduct^T x over units of tokens. `fetch(n, k)` is called on the way, once
+// for the n-th unit of each line of the rows.
+template <typename T, int G, typename Fetch>
 static void weight_gradients(const T *const *rows, const uint32_t (*of_product)[PADDED_OUTPUTS<G>], int unit_count,
-                             long row_length, float *sums, Ahead ahead) {
-    for (long k = 0; k < row_length; k += LANES) {
-        ahead(k);
+                             long row_length, float *sums, Fetch fetch) {
+    for (long k = 0; k < row_length; k += LANES)
         for (int o0 = 0; o0 < PADDED_OUTPUTS<G>; o0 += GROUP<G>) {
-            lanes sum[GROUP<G>];
+            bool first_of_line = k % LINE<T> == 0 && o0 == 0;
             float *group = sums + k * PADDED_OUTPUTS<G> + o0 * LANES;
+            lanes sum[GROUP<G>];
             // Every loop over the sums is unrolled: with an index they would be in memory.
 #pragma GCC unroll 24
             for (int o = 0; o < GROUP<G>; o++) sum[o] = load(group + o * LANES);
             for (int n = 0; n < unit_count; n++) {
+                if (first_of_line) fetch(n, k);
                 units x = pair_rows(rows[n * PER_UNIT<T>] + k, rows[(n + 1) * PER_UNIT<T> - 1] + k);
 #pragma GCC unroll 24
                 for (int o = 0; o < GROUP<G>; o++)
@@ -340,7 +341,6 @@ static void weight_gradients(const T *const *rows, const uint32_t (*of_product)[
 #pragma GCC unroll 24
             for (int o = 0; o < GROUP<G>; o++) store(group + o * LANES, sum[o]);
         }
-    }
 }
 
 // Blocks whose tokens enter the weight's gradient together: fewer passes over its sums, more rows to keep in cache.
@@ -424,16 +424,16 @@ struct PreBackward {
             write(terms, packed, block.count, width, Rows<T>(dx, block, G * width));
         }
         // The next batch comes from memory while this product, which finds all in cache, is computed.
-        auto fetch_next = [&](long k) {
-            if (k % LINE<T>) return;
-            long next = (first + count) * LANES, end = std::min(tokens, next + BATCH * LANES);
-            for (long at = next * G * width + k; at < end * G * width; at += G * width) {
+        auto fetch = [&](int n, long k) __attribute__((always_inline)) {
+            for (int t = n * PER; t < (n + 1) * PER; t++) {
+                long token = (first + count) * LANES + t, at = token * G * width + k;
+                if (k < width) __builtin_prefetch(du + token * width + k, 0, 2);
                 __builtin_prefetch(x + at, 0, 2);
                 __builtin_prefetch(dx + at, 1, 2);
                 if (carried) __builtin_prefetch(carried + at, 0, 2);
             }
         };
-        weight_gradients<T, G>(rows, by_token, count * LANES / PER, G * width, sums.weight, fetch_next);
+        weight_gradients<T, G>(rows, by_token, count * LANES / PER, G * width, sums.weight, fetch);
     }
 
     void logit_gradients(Block block, Scales<G> *scales, RowTerms<T, G> &terms, Sums &sums) const {

@@ -33,7 +33,8 @@ def _forward(
     if ids.numel() == 0:
         return _forward_like(x, ids, weights, gate_up, down, save)
     x, ids, weights, gate_up, down = (tensor.contiguous() for tensor in (x, ids, weights, gate_up, down))
-    y, kept, routing = forward(x, ids, weights, gate_up, down, save)
+    with torch.cuda.device_of(x):
+        y, kept, routing = forward(x, ids, weights, gate_up, down, save)
     return y, kept, *routing
 
 
@@ -44,7 +45,8 @@ def _backward(
     if weights.numel() == 0:
         return x.new_zeros(x.shape), weights.new_zeros(weights.shape), torch.zeros_like(gate_up), torch.zeros_like(down)
     dy, x, weights, gate_up, down = (tensor.contiguous() for tensor in (dy, x, weights, gate_up, down))
-    return backward(dy, x, weights, gate_up, down, kept, Routing(*routing))
+    with torch.cuda.device_of(x):
+        return backward(dy, x, weights, gate_up, down, kept, Routing(*routing))
 
 
 @_forward.register_fake

@@ -76,7 +76,8 @@ def _ngram_hash(
     if impl == "triton":
         from engram.kernels.ngram_hash.triton import ngram_hash_triton
 
-        return ngram_hash_triton(ids, document_ids, multipliers, primes, offsets, token_map, pad_id, stop_at_pad)
+        with torch.cuda.device_of(ids):
+            return ngram_hash_triton(ids, document_ids, multipliers, primes, offsets, token_map, pad_id, stop_at_pad)
     return ngram_hash_ref(
         ids, document_ids, multipliers, primes, offsets, pad_id=pad_id, stop_at_pad=stop_at_pad, token_map=token_map
     )

@@ -116,16 +116,17 @@ def _sinkhorn_momentum(
         run = sinkhorn_momentum_triton_
     else:
         run = sinkhorn_momentum_native_ if impl == "native" else sinkhorn_momentum_ref_
-    run(
-        table,
-        momentum,
-        gradient,
-        rows,
-        lr=lr,
-        beta=beta,
-        steps=steps,
-        threshold=threshold,
-        update_rms=update_rms,
-        weight_decay=weight_decay,
-        seed=seed,
-    )
+    with torch.cuda.device_of(table):
+        run(
+            table,
+            momentum,
+            gradient,
+            rows,
+            lr=lr,
+            beta=beta,
+            steps=steps,
+            threshold=threshold,
+            update_rms=update_rms,
+            weight_decay=weight_decay,
+            seed=seed,
+        )

@@ -24,7 +24,8 @@ def _(ids: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("engram::sum_rows", mutates_args=())
 def sum_rows(gradient: Tensor, rows: Tensor, starts: Tensor, order: Tensor, num_reads: int, impl: str) -> Tensor:
-    return _implementation("sum_rows", impl)(gradient, RowPlan(rows, starts, order, num_reads))
+    with torch.cuda.device_of(gradient):
+        return _implementation("sum_rows", impl)(gradient, RowPlan(rows, starts, order, num_reads))
 
 
 @sum_rows.register_fake
@@ -55,7 +56,8 @@ def row_adam_(
     settings = dict(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, seed=seed)
     plan = RowPlan(rows, starts, order, num_reads)
     if len(rows):
-        _implementation("row_adam", impl)(table, first, second, row_step, gradient, plan, **settings)
+        with torch.cuda.device_of(table):
+            _implementation("row_adam", impl)(table, first, second, row_step, gradient, plan, **settings)
 
 
 @torch.library.custom_op("engram::rowwise_adagrad_", mutates_args=("table", "square_sum"))
@@ -77,7 +79,8 @@ def rowwise_adagrad_(
     settings = dict(lr=lr, eps=eps, weight_decay=weight_decay, seed=seed)
     plan = RowPlan(rows, starts, order, num_reads)
     if len(rows):
-        _implementation("rowwise_adagrad", impl)(table, square_sum, gradient, plan, **settings)
+        with torch.cuda.device_of(table):
+            _implementation("rowwise_adagrad", impl)(table, square_sum, gradient, plan, **settings)
 
 
 def _check_rows(table: Tensor, rows: Tensor) -> None:
