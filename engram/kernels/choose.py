@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Literal
 
+from torch import Tensor
+
 logger = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "reference", "triton", "native"]
@@ -31,7 +33,9 @@ def choose(op: str, impl: str, device: str, **obstacles: Obstacle) -> str:
         reason = obstacles[fast]()
         if reason is None:
             return fast
-        _warn_once(f"{op} runs as plain torch, which is slower, because its {fast} kernel cannot run: {reason}")
+        _warn_once(
+            f"{op} runs on torch's own operations, which is slower, because its {fast} kernel cannot run: {reason}"
+        )
         return "reference"
     if impl == "reference":
         return impl
@@ -40,6 +44,14 @@ def choose(op: str, impl: str, device: str, **obstacles: Obstacle) -> str:
     if reason := obstacles[impl]():
         raise ImplementationUnavailable(f"{op}: the {impl} implementation was asked for, but {reason}")
     return impl
+
+
+def check_devices(op: str, **operands: Tensor | None) -> None:
+    """Raises ValueError where operands are on different devices: kernels take addresses, which mean nothing elsewhere."""
+    devices = {name: operand.device for name, operand in operands.items() if operand is not None}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{op} needs its operands on one device: {where}")
 
 
 def is_interpreted() -> bool:

@@ -25,7 +25,8 @@ constexpr int PER_UNIT = 4 / sizeof(T);
 template <typename T>
 constexpr int LINE = 64 / sizeof(T);
 
-// Brings a row near the processor while something else is computed; rows that are not there do no harm.
+// Brings a row near the processor while something else is computed; rows that are not there do no harm. Always inline:
+// GCC takes a function that only fetches for one without effects, and drops calls of it.
 template <typename T>
 [[gnu::always_inline]] static inline void fetch(const T *row, long length) {
     for (long k = 0; k < length; k += LINE<T>) __builtin_prefetch(row + k);
@@ -79,6 +80,13 @@ inline uint32_t unit<float>(float first, float) {
 template <>
 inline uint32_t unit<bf16>(float first, float second) {
     return to_bf16(first).bits | static_cast<uint32_t>(to_bf16(second).bits) << 16;
+}
+
+template <typename T>
+static inline units broadcast_unit(const T *source) {
+    uint32_t bits;
+    std::memcpy(&bits, source, sizeof bits);
+    return broadcast(bits);
 }
 
 // The units of two rows that follow each other in a sum over rows; the second row of floats is a unit of its own.

@@ -1,9 +1,10 @@
 import logging
 
 import pytest
+import torch
 
 from engram.kernels import choose as module
-from engram.kernels.choose import ImplementationUnavailable, choose, is_interpreted, triton_obstacle
+from engram.kernels.choose import ImplementationUnavailable, check_devices, choose, is_interpreted, triton_obstacle
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,8 @@ def test_auto_says_once_why_it_is_slow(caplog: pytest.LogCaptureFixture) -> None
         for op in ("op", "op", "other"):
             assert choose(op, "auto", "cpu", native=lambda: "no compiler was found") == "reference"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{op} runs as plain torch, which is slower, because its native kernel cannot run: no compiler was found"
+        f"{op} runs on torch's own operations, which is slower, because its native kernel cannot run: "
+        "no compiler was found"
         for op in ("op", "other")
     ]
 
@@ -79,3 +81,10 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cpu", "cuda"):
         reason = triton_obstacle(device)
         assert reason is not None and reason.startswith("triton is not installed")
+
+
+def test_operands_on_different_devices_are_named() -> None:
+    here, there = torch.empty(1), torch.empty(1, device="meta")
+    check_devices("op", x=here, y=here, mask=None)
+    with pytest.raises(ValueError, match="op needs its operands on one device: x on cpu, y on meta"):
+        check_devices("op", x=here, y=there)

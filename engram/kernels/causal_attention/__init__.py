@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from engram.kernels.causal_attention.native_cpu import NativeAttention, native_obstacle
 from engram.kernels.causal_attention.reference import causal_attention_ref
-from engram.kernels.choose import Implementation, choose
+from engram.kernels.choose import Implementation, check_devices, choose
 
 __all__ = ["causal_attention", "causal_attention_ref"]
 
@@ -31,6 +31,7 @@ def causal_attention(
     ImplementationUnavailable for an implementation that cannot run.
     """
     _check(q, k, v, mask, scale)
+    check_devices("causal_attention", q=q, k=k, v=v, mask=mask)
     chosen = _choice(impl, q.device.type, q.dtype)
     if chosen == "native":
         return NativeAttention.apply(q, k, v, mask, scale)

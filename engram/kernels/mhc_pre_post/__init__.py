@@ -10,7 +10,7 @@ ends on the axis that the mix sums over. Nothing of Sinkhorn is kept for the bac
 import torch
 from torch import Tensor
 
-from engram.kernels.choose import Implementation, choose, triton_obstacle
+from engram.kernels.choose import Implementation, check_devices, choose, triton_obstacle
 from engram.kernels.mhc_pre_post.autograd import Post, Pre
 from engram.kernels.mhc_pre_post.native_cpu import POST, PRE
 from engram.kernels.mhc_pre_post.reference import mhc_coefficients_ref, mhc_post_ref, mhc_pre_ref
@@ -59,6 +59,7 @@ def mhc_pre_carry(
     """
     _check_streams(x)
     _check_parameters(x, weight, scale, bias)
+    check_devices("mhc_pre", x=x, weight=weight, scale=scale, bias=bias)
     if steps < 1:
         raise ValueError(f"steps is {steps}: Sinkhorn needs at least one to make the rows of h_res sum to 1")
     chosen = _choice("mhc_pre", impl, x.device.type, x.dtype, x.shape[2], x.shape[3])
@@ -77,6 +78,7 @@ def mhc_post(x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, *, impl: Imple
     _check_shape("y", y, (batch, tokens, width))
     _check_shape("h_post", h_post, (batch, tokens, streams))
     _check_shape("h_res", h_res, (batch, tokens, streams, streams))
+    check_devices("mhc_post", x=x, y=y, h_post=h_post, h_res=h_res)
     if y.dtype != x.dtype:
         raise TypeError(f"y is {y.dtype}, but x is {x.dtype}: make them equal")
     chosen = _choice("mhc_post", impl, x.device.type, x.dtype, streams, width)

@@ -24,7 +24,8 @@ def pre_forward(
     if impl == "triton":
         from engram.kernels.mhc_pre_post.triton import pre_forward_triton
 
-        return pre_forward_triton(x, weight, scale, bias, steps, eps)
+        with torch.cuda.device_of(x):
+            return pre_forward_triton(x, weight, scale, bias, steps, eps)
     return pre_forward_native(x, weight, scale, bias, steps, eps)
 
 
@@ -62,7 +63,8 @@ def pre_backward(
     if impl == "triton":
         from engram.kernels.mhc_pre_post.triton import pre_backward_triton
 
-        return pre_backward_triton(saved, du, carried, dpost, dres, steps)
+        with torch.cuda.device_of(x):
+            return pre_backward_triton(saved, du, carried, dpost, dres, steps)
     return pre_backward_native(saved, du, carried, dpost, dres, steps)
 
 
@@ -77,7 +79,8 @@ def post_forward(x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, impl: str)
     if impl == "triton":
         from engram.kernels.mhc_pre_post.triton import post_forward_triton
 
-        return post_forward_triton(x, y, h_post, h_res)
+        with torch.cuda.device_of(x):
+            return post_forward_triton(x, y, h_post, h_res)
     return post_forward_native(x, y, h_post, h_res)
 
 
@@ -94,7 +97,8 @@ def post_backward(
     if impl == "triton":
         from engram.kernels.mhc_pre_post.triton import post_backward_triton
 
-        return post_backward_triton(x, y, h_post, h_res, dout)
+        with torch.cuda.device_of(x):
+            return post_backward_triton(x, y, h_post, h_res, dout)
     return post_backward_native(x, y, h_post, h_res, dout)
 
 

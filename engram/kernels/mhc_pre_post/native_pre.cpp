@@ -153,8 +153,6 @@ static void store_block(const float (*block)[LANES], float *target, Block tokens
         for (int n = 0; n < N; n++) target[(tokens.first + l) * N + n] = block[n][l];
 }
 
-// ---- The projection: x W^T, and what its gradient needs. ----
-
 template <int G>
 constexpr int OUTPUT_VECTORS = (OUTPUTS<G> + LANES - 1) / LANES;
 // Outputs that are summed at once in the gradient of W: as many as registers hold.
@@ -191,13 +189,6 @@ static std::vector<uint32_t> pack_along_outputs(const float *weight, long row_le
     return packed;
 }
 
-template <typename T>
-static inline units broadcast_unit(const T *source) {
-    uint32_t bits;
-    std::memcpy(&bits, source, sizeof bits);
-    return broadcast(bits);
-}
-
 template <typename T, int G, int TOKENS>
 static void project(const T *const *rows, const uint32_t *packed, long row_length,
                     float (*result)[OUTPUT_VECTORS<G> * LANES]) {
@@ -218,8 +209,6 @@ static void project(const T *const *rows, const uint32_t *packed, long row_lengt
     for (int t = 0; t < TOKENS; t++)
         for (int v = 0; v < VECTORS; v++) store(result[t] + v * LANES, sums[t][v]);
 }
-
-// ---- Pre ----
 
 template <typename T, int G>
 static void pre_forward(const T *x, const float *weight, Settings settings, T *u, float *h_post, float *h_res,
@@ -318,8 +307,8 @@ static void row_gradients(const RowTerms<T, G> &terms, const uint32_t *packed, l
         }
 }
 
-// sums [K / LANES, PADDED_OUTPUTS, LANES] += dproduct^T x over units of tokens. `fetch(n, k)` is called on the way, once
-// for the n-th unit of each line of the rows.
+// sums [K / LANES, PADDED_OUTPUTS, LANES] += dproduct^T x over units of tokens. `fetch(n, k)` is called on the way,
+// once for the n-th unit of each line of the rows.
 template <typename T, int G, typename Fetch>
 static void weight_gradients(const T *const *rows, const uint32_t (*of_product)[PADDED_OUTPUTS<G>], int unit_count,
                              long row_length, float *sums, Fetch fetch) {
@@ -423,7 +412,8 @@ struct PreBackward {
             auto write = carried ? row_gradients<T, G, true> : row_gradients<T, G, false>;
             write(terms, packed, block.count, width, Rows<T>(dx, block, G * width));
         }
-        // The next batch comes from memory while this product, which finds all in cache, is computed.
+        // The next batch comes from memory while this product, which finds all in cache, is computed. Always inline, as
+        // in lanes.hpp.
         auto fetch = [&](int n, long k) __attribute__((always_inline)) {
             for (int t = n * PER; t < (n + 1) * PER; t++) {
                 long token = (first + count) * LANES + t, at = token * G * width + k;

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engram.kernels.choose import Implementation, choose, triton_obstacle
+from engram.kernels.choose import Implementation, check_devices, choose, triton_obstacle
 from engram.kernels.moe_experts.grouped import GroupedExperts
 from engram.kernels.moe_experts.native_cpu import NativeExperts, native_obstacle
 from engram.kernels.moe_experts.reference import moe_experts_ref
@@ -34,6 +34,7 @@ def moe_experts(
     IndexError for an expert id out of range.
     """
     _check(x, expert_ids, weights, gate_up, down)
+    check_devices("moe_experts", x=x, expert_ids=expert_ids, weights=weights, gate_up=gate_up, down=down)
     chosen = _choice(impl, x.device.type, x.dtype, *down.shape[1:])
     if chosen == "native":
         return NativeExperts.apply(x, expert_ids, weights, gate_up, down)
