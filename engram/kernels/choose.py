@@ -47,7 +47,7 @@ def choose(op: str, impl: str, device: str, **obstacles: Obstacle) -> str:
 
 
 def check_devices(op: str, **operands: Tensor | None) -> None:
-    """Raises ValueError where operands are on different devices: kernels take addresses, which mean nothing elsewhere."""
+    """Raises ValueError for operands on different devices: kernels take addresses, which mean nothing elsewhere."""
     devices = {name: operand.device for name, operand in operands.items() if operand is not None}
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
