@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=EPILOG, formatter_class=layout)
     parser.add_argument("config", metavar="CONFIG", help="YAML file; every setting stands in engram/config.py")
-    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those of CONFIG")
+    parser.add_argument(
+        "overrides", metavar="a.b=c", nargs="*", default=[], help="settings that replace those of CONFIG"
+    )
     options = parser.parse_args(arguments)
     # SIGTERM stops as Ctrl-C does, from the imports on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.contest import Contest, CudaTimer, Timer, WrongResult, check, cpu_timer, measure
 from benchmarks.kernel_inputs import CPU, CUDA, Sizes
 from benchmarks.kernel_report import Outcome, print_outcome, print_verdicts
-from benchmarks.machine import describe_machine, save_results
+from benchmarks.machine import FEWEST_REPEATS, at_least, describe_machine, save_results
 from benchmarks.memory_contests import gathers, hashes, lookups, table_updates
 from benchmarks.model_contests import attentions, blocks, experts, head_losses
 from benchmarks.module_contests import connections, gates_and_convs, modules
@@ -94,10 +94,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", choices=tuple(CONTESTS), metavar="OP", help=f"of {', '.join(CONTESTS)}")
-    parser.add_argument("--repeats", type=int, default=20, help="counted steps of each contender (default: 20)")
-    parser.add_argument("--seconds", type=float, default=20, help="after which a contest ends early (default: 20)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--repeats", type=at_least(1), default=20, help="counted steps of each contender (default: 20)")
+    parser.add_argument(
+        "--seconds", type=at_least(1), default=20, help="after which a contest ends early (default: 20)"
+    )
+    parser.add_argument("--threads", type=at_least(1), default=None, help="CPU threads (default: torch's choice)")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
 
     configure_process(TrainConfig(steps=1, batch_size=1, threads=arguments.threads))
     console = Console()
@@ -106,7 +110,7 @@ def main() -> None:
         console = Console(width=140)
     on_cuda = arguments.device == "cuda"
     # On CPU, benchmarks.training measures whole steps with and without memory.
-    names = arguments.only or [name for name in CONTESTS if on_cuda or name != "block"]
+    names = list(dict.fromkeys(arguments.only or ())) or [name for name in CONTESTS if on_cuda or name != "block"]
     outcomes = run_contests(
         names,
         CUDA if on_cuda else CPU,
@@ -116,10 +120,13 @@ def main() -> None:
         limit=arguments.seconds,
         console=console,
     )
-    print_verdicts(outcomes, console)
-    rows = [row for outcome in outcomes for row in outcome.rows()]
-    part = "-".join(["kernels", *(arguments.only or [])])
-    console.print(f"saved {save_results(rows, describe_machine(arguments.device), part)}", soft_wrap=True)
+    if arguments.repeats < FEWEST_REPEATS:
+        console.print(f"a trial of fewer than {FEWEST_REPEATS} repeats: no verdict, and nothing is saved")
+    else:
+        print_verdicts(outcomes, console)
+        rows = [row for outcome in outcomes for row in outcome.rows()]
+        part = "-".join(["kernels", *(names if arguments.only else ())])
+        console.print(f"saved {save_results(rows, describe_machine(arguments.device), part)}", soft_wrap=True)
     reasons = [reason for outcome in outcomes for reason in outcome.failed.values()]
     sys.exit(any(reason.startswith(WrongResult.__name__) for reason in reasons))
 

@@ -1,9 +1,11 @@
 """What a measurement must say about where it was taken."""
 
+import argparse
 import datetime
 import json
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 
 from engram.training.run_folder import cpu_name
 
+# Fewer repeats are a trial: they prove nothing, and nothing of them is kept.
+FEWEST_REPEATS = 5
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,6 +28,19 @@ def describe_machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """The type of a command-line argument that counts something."""
+
+    def count(text: str) -> int:
+        if (value := int(text)) < smallest:
+            raise argparse.ArgumentTypeError(f"is {value}, but must be at least {smallest}")
+        return value
+
+    # What argparse calls it where the text is no number.
+    count.__name__ = "int"
+    return count
 
 
 def save_results(rows: list[dict[str, Any]], machine: dict[str, Any], part: str) -> Path:

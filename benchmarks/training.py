@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.machine import describe_machine, save_results
+from benchmarks.machine import FEWEST_REPEATS, at_least, describe_machine, save_results
 from benchmarks.peers import EXPERT_IMPLEMENTATIONS, MasterAdamW, deepseek_v3, peer_loss
 from engram.config import Config, ModelConfig, load_config
 from engram.model.transformer import Transformer
@@ -111,9 +111,11 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="counted steps of each contender (default: 12)")
-    parser.add_argument("--warmup", type=int, default=3, help="uncounted first steps, which compile (default: 3)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--steps", type=at_least(1), default=12, help="counted steps of each contender (default: 12)")
+    parser.add_argument(
+        "--warmup", type=at_least(0), default=3, help="uncounted first steps, which compile (default: 3)"
+    )
+    parser.add_argument("--threads", type=at_least(1), default=None, help="CPU threads (default: torch's choice)")
     parser.add_argument("--without-peers", action="store_true", help="only our own models")
     arguments = parser.parse_args()
 
@@ -162,7 +164,10 @@ def report(seconds: dict[str, list[float]], medians: dict[str, float], tokens: i
     overhead = statistics.median(engram / baseline for engram, baseline in pairs) - 1
     console.print(f"Engram on / off: {overhead:+.1%} step time (median of paired steps)")
     rows.append({"contender": "Engram on / off", "step_time_change": round(overhead, 4)})
-    console.print(f"saved {save_results(rows, machine, 'training')}")
+    if any(len(times) < FEWEST_REPEATS for times in seconds.values()):
+        console.print(f"a trial of fewer than {FEWEST_REPEATS} steps: nothing is saved")
+    else:
+        console.print(f"saved {save_results(rows, machine, 'training')}")
 
 
 if __name__ == "__main__":

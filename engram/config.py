@@ -37,6 +37,8 @@ Index = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0)]
 NonNegative = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=1)]
+# The weight of the past in a running mean: at 1 it would never learn of the present.
+Decay = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, lt=1)]
 Seed = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(min_length=1)]
 
@@ -361,10 +363,10 @@ class TableOptimConfig(_Settings):
     kind: Literal["row_adam", "rowwise_adagrad", "sinkhorn", "dense_adam"] = "row_adam"
     lr_multiplier: Positive = 5.0
     weight_decay: NonNegative = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Positive = 1e-10
     # sinkhorn: momentum, number of balancing steps (odd: ends on rows), inactive-row threshold, update scale.
-    momentum: Fraction = 0.95
+    momentum: Decay = 0.95
     sinkhorn_steps: Count = 11
     inactive_row_threshold: NonNegative = 1e-3
     update_rms: Positive = 0.18
@@ -381,7 +383,7 @@ class OptimConfig(_Settings):
 
     lr: Positive = 1e-3
     weight_decay: NonNegative = 0.1
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Positive = 1e-10
     # Global norm above which gradients are scaled down; null: never.
     clip_norm: Positive | None = 1.0

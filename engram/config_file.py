@@ -147,7 +147,7 @@ def _explain(mistake: Any, root: type[BaseModel]) -> str:
     kind, value = mistake["type"], _shown(mistake["input"])
     if kind == "extra_forbidden":
         names = _names_at(location[:-1], root)
-        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(names)}"
         return f"{where}: unknown key (value {value}); {hint}"
     if kind == "missing":

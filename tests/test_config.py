@@ -194,6 +194,7 @@ def test_shipped_configs_load_count_and_explain_themselves(path: Path, tmp_path:
         ("train.dtype=fp8", "train.dtype: is 'fp8', but must be 'float32' or 'bfloat16'"),
         ("train.compile=maybe", "train.compile: is 'maybe', but must be true or false"),
         ("train.compile=[]", "train.compile: is [], but must be true or false"),
+        ("optim.table.betas=[1,0.5]", "optim.table.betas.0: is 1, but must be below 1"),
         ("optim.lr=-1", "optim.lr: is -1, but must be above 0"),
         ("optim.lr=fast", "optim.lr: is 'fast', but must be a number"),
         ("optim.lr=.nan", "optim.lr: is nan, but must be a finite number"),

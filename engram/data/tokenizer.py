@@ -65,7 +65,7 @@ class SentencePieceTokenizer:
         self._model = model
         try:
             self._processor = SentencePieceProcessor(model_proto=model)
-        except Exception:
+        except RuntimeError:
             raise DataError(f"{origin}: is not a SentencePiece model: give a .model file of spm_train") from None
         self.vocab_size: int = self._processor.get_piece_size()
         self.eos_id: int = self._processor.eos_id()

@@ -63,12 +63,18 @@ def products_obstacle(source: Path) -> str | None:
 def _compiler(source: Path) -> list[str]:
     variable, names = ("CXX", ("c++", "g++", "clang++")) if source.suffix == ".cpp" else ("CC", ("cc", "gcc", "clang"))
     if chosen := os.environ.get(variable):
-        return shlex.split(chosen)
+        try:
+            command = shlex.split(chosen)
+        except ValueError as error:
+            raise NativeUnavailable(f"{variable} is {chosen!r}, which is no command: {error}") from error
+        if shutil.which(command[0]) is None:
+            raise NativeUnavailable(f"{variable} names {command[0]}, which does not exist")
+        return command
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
         raise NativeUnavailable(
-            f"{source.name} needs a compiler, and none of {', '.join(names)} was found: install one, or name it in "
-            f"{variable}"
+            f"{source.parent.name}/{source.name} needs a compiler, and none of {', '.join(names)} was found: install "
+            f"one, or name it in {variable}"
         )
     return [found]
 
@@ -93,10 +99,16 @@ def _build(command: tuple[str, ...], source: Path, library: Path) -> None:
             full = [command[0], str(source), *command[1:], "-o", str(built), "-lm"]
             done = subprocess.run(full, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise NativeUnavailable(f"{' '.join(full)} failed: {done.stderr.strip()[-1000:]}")
+                said = done.stderr.strip()[-1000:] or "and said nothing"
+                raise NativeUnavailable(
+                    f"{command[0]} failed on {source.parent.name}/{source.name} with status {done.returncode}: {said}"
+                )
             built.rename(library)
     except OSError as error:
-        raise NativeUnavailable(f"{source.name} cannot be built in {library.parent}: {error}") from error
+        raise NativeUnavailable(
+            f"{source.parent.name}/{source.name} cannot be built in {library.parent}: {error}; XDG_CACHE_HOME names "
+            "another cache folder"
+        ) from error
 
 
 def _cache_folder() -> Path:

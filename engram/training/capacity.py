@@ -27,8 +27,31 @@ def enough_memory(config: Config, device: torch.device) -> Iterator[None]:
     message = f"the run needs {needed / 2**30:,.1f} GiB for weights, gradients and optimizer state"
     if free is not None and needed > free:
         raise UserError(f"{message}, but only {free / 2**30:,.1f} GiB are free on {device.type}: {advice}")
+    step = least_step_bytes(config)
+    if free is not None and needed + step > free:
+        raise UserError(
+            f"{message}, and {step / 2**30:,.1f} GiB or more for a training step, but only {free / 2**30:,.1f} GiB are "
+            f"free on {device.type}: lower {_smaller_step(config)}"
+        )
     with explain_out_of_memory(f"{message}, and the {device.type} ran out of memory: {advice}"):
         yield
+
+
+def least_step_bytes(config: Config) -> int:
+    """Bytes that a training step takes at the very least: its token ids, and the streams that each block starts from.
+
+    What blocks keep inside comes on top, so that a step which fits into this may still run out of memory.
+    """
+    model, train = config.model, config.train
+    streams = model.num_layers * model.hc_mult * model.hidden_size * getattr(torch, train.dtype).itemsize
+    tokens_at_once = (train.micro_batch_size or train.batch_size) * config.data.sequence_length
+    # Tokens, targets and document ids.
+    return 3 * torch.int64.itemsize * config.tokens_per_step + tokens_at_once * streams
+
+
+def _smaller_step(config: Config) -> str:
+    at_once = config.train.micro_batch_size or config.train.batch_size
+    return f"train.micro_batch_size (now {at_once} of train.batch_size {config.train.batch_size}) or train.batch_size"
 
 
 @contextlib.contextmanager

@@ -2,13 +2,14 @@
 
 import ctypes
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from engram.config import Config, ModelConfig, TrainConfig
+from engram.config import Config, ModelConfig, TrainConfig, UserError
 from engram.data.manifest import NAME, read_manifest
 from engram.data.prepare import prepare
 from engram.data.settings import check_settings, content_settings
@@ -20,6 +21,9 @@ from engram.training.run_folder import cpu_name
 
 logger = logging.getLogger(__name__)
 
+# More than this many is a typing error.
+THREADS_PER_CPU = 16
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -29,8 +33,15 @@ class RunData:
 
 
 def configure_process(train: TrainConfig) -> None:
-    """Threads, denormal numbers and memory allocation of this process."""
+    """Threads, denormal numbers and memory allocation of this process. Raises UserError for too many threads."""
     if train.threads is not None:
+        cpus = os.cpu_count() or 1
+        # Thread pools fail with a crash, not with an error.
+        if train.threads > (most := THREADS_PER_CPU * cpus):
+            raise UserError(
+                f"train.threads is {train.threads}, but this machine has {cpus} CPUs: lower it to {most} at "
+                f"most, best to {cpus}"
+            )
         torch.set_num_threads(train.threads)
     # The backward pass of saturated logits is full of denormals, each a hundred times as slow as a number.
     torch.set_flush_denormal(True)
@@ -41,7 +52,8 @@ def open_data(config: Config, terminal: Console) -> RunData:
     """The prepared folder of `data.path`, prepared now if it is not there yet. Raises UserError."""
     folder = Path(config.data.path).expanduser()
     if not (folder / NAME).exists():
-        logger.info("%s holds no prepared data yet: preparing it", folder)
+        state = "holds no prepared data yet" if folder.exists() else "does not exist yet"
+        logger.info("data.path %s %s: preparing it", folder, state)
         prepare(config, console=terminal)
     check_settings(folder, read_manifest(folder).settings, content_settings(config))
     tokenizer = load_tokenizer(folder)
@@ -60,8 +72,27 @@ def build_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> T
     model.activation_checkpointing = config.train.activation_checkpointing
     model.set_dense_table_gradients(config.optim.table.kind == "dense_adam")
     if config.train.compile:
-        model.compile_blocks()
+        if (obstacle := _compile_obstacle(device)) is None:
+            model.compile_blocks()
+        else:
+            logger.warning("train.compile has no effect, and steps are slower: %s", obstacle)
     return model.train()
+
+
+def _compile_obstacle(device: torch.device) -> str | None:
+    """Why torch cannot compile for this device; None if it can."""
+    if device.type != "cpu":
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, ValueError, OSError):
+        chosen = os.environ.get("CXX")
+        what = f"CXX names {chosen!r}, which does not run" if chosen else "no C++ compiler (g++) was found"
+        return f"{what}; install one, or set train.compile=false"
+    return None
 
 
 def vocabulary_map(model: ModelConfig, tokenizer: Tokenizer) -> VocabularyMap | None:

@@ -191,10 +191,22 @@ def test_operands_that_do_not_fit() -> None:
         ((q, k[:, :, 1:], v, None, SCALE), ValueError, r"\[1, 2, 5, 8\], \[1, 2, 4, 8\], \[1, 2, 5, 4\]"),
         ((q, k, v, mask[0], SCALE), ValueError, r"mask must be bool \[1, 1, 5, 5\], not torch.bool \[1, 5, 5\]"),
         ((q, k, v, mask.float(), SCALE), ValueError, "mask must be bool"),
+        ((q[..., :0], k[..., :0], v, None, SCALE), ValueError, "queries 0 wide and values 4 wide"),
+        ((q, k, v[..., :0], None, SCALE), ValueError, "queries 8 wide and values 0 wide"),
+        ((q.int(), k.int(), v.int(), None, SCALE), TypeError, "must be floating point, not torch.int32"),
         ((q, k, v, None, 0.0), ValueError, "scale must be positive, not 0.0"),
     ):
         with pytest.raises(error, match=message):
             causal_attention(*arguments)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), EVERYWHERE)
+def test_a_mask_opens_no_future(impl: str, dtype: torch.dtype) -> None:
+    q, k, v = _inputs(1, 2, 9, 8, 4, dtype)
+    everything = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    expected = _by_loops(q, k, v, None, SCALE)
+    found = causal_attention(q, k, v, everything, SCALE, impl=impl)
+    assert_close(found, expected, "causal_attention", dtype=dtype)
 
 
 @pytest.mark.gpu

@@ -280,6 +280,8 @@ def test_bad_input_is_named() -> None:
         call(keys_and_value=keys_and_value[..., :32])
     with pytest.raises(ValueError, match=r"alive has the shape \[2, 2\], but hidden asks for \[2, 3\]"):
         call(alive=sample.alive[:, :2])
+    with pytest.raises(ValueError, match=r"hidden \[2, 3, 2, 0\] must have at least one stream and one channel"):
+        call(hidden=sample.tensors["hidden"][..., :0])
     with pytest.raises(TypeError, match=r"alive must be torch.bool, not torch.int64"):
         call(alive=sample.alive.long())
     with pytest.raises(ValueError, match="has no gate 'tanh'"):

@@ -138,6 +138,8 @@ def test_bad_input() -> None:
         linear_cross_entropy(x, weight[:, 1:], targets)
     with pytest.raises(ValueError, match=r"not \[23, 17\], \[37, 17\] and \[22\]"):
         token_cross_entropy(x, weight, targets[1:])
+    with pytest.raises(ValueError, match="a weight \\[V, D\\] of at least one row, not none"):
+        linear_cross_entropy(x, weight[:0], targets)
     with pytest.raises(TypeError, match=r"not torch.float32, torch.float32 and torch.int32"):
         linear_cross_entropy(x, weight, targets.int())
     with pytest.raises(ValueError, match="no implementation 'native': choose one of auto, reference, triton"):

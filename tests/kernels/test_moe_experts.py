@@ -185,14 +185,14 @@ def test_operands_that_do_not_fit(changes: dict[str, Tensor], error: type[Except
         moe_experts(tensors["x"], tensors["ids"], *(tensors[name] for name in NAMES[1:]))
 
 
-@needs_native
+@pytest.mark.parametrize(("impl", "dtype"), EVERYWHERE)
 @pytest.mark.parametrize("bad", [-1, 3])
-def test_native_names_a_bad_id(bad: int) -> None:
-    tensors = _inputs(9, 16, 3, 8, torch.bfloat16)
+def test_a_bad_id_is_named(bad: int, impl: str, dtype: torch.dtype) -> None:
+    tensors = _inputs(9, 16, 3, 8, dtype)
     ids = _ids(9, 3)
     ids[4, 1] = bad
     with pytest.raises(IndexError, match=rf"expert id {bad} at \[4, 1\] is not one of 3 experts"):
-        moe_experts(tensors["x"], ids, *(tensors[name] for name in NAMES[1:]), impl="native")
+        moe_experts(tensors["x"], ids, *(tensors[name] for name in NAMES[1:]), impl=impl)
 
 
 @given(st.integers(1, 150), st.integers(1, 7), st.integers(1, 3))

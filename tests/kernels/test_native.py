@@ -105,24 +105,29 @@ def test_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, v
     monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(folder))
     source = _source(folder, ADD_ONE, name)
-    with pytest.raises(NativeUnavailable, match=f"^{name} needs a compiler, and none of .* name it in {variable}$"):
+    with pytest.raises(NativeUnavailable, match=f"^op/{name} needs a compiler, and none of .* name it in {variable}$"):
         load_library(source)
     reason = native_obstacle(source)
-    assert reason is not None and reason.startswith(f"{name} needs a compiler")
+    assert reason is not None and reason.startswith(f"op/{name} needs a compiler")
 
 
 def test_the_compiler_of_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _source(folder, '#ifndef ASKED\n#error "not asked"\n#endif\n' + ADD_ONE)
     monkeypatch.setenv("CXX", "c++ -DASKED")
     assert load_library(source).answer(1) == 2
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(NativeUnavailable, match=r"native.cpp cannot be built in .*no-such-compiler"):
-        _again(source)
+    for wrong, message in (
+        ("no-such-compiler", "^CXX names no-such-compiler, which does not exist$"),
+        ("c++ '", "which is no command: No closing quotation"),
+        ("false", "false failed on op/native.cpp with status 1: and said nothing"),
+    ):
+        monkeypatch.setenv("CXX", wrong)
+        with pytest.raises(NativeUnavailable, match=message):
+            _again(source)
 
 
 def test_a_broken_source_names_the_error(folder: Path) -> None:
     source = _source(folder, 'extern "C" int answer() { return undeclared; }\n')
-    with pytest.raises(NativeUnavailable, match=r"(?s) failed: .*undeclared"):
+    with pytest.raises(NativeUnavailable, match=r"(?s) failed on op/native.cpp with status 1: .*undeclared"):
         load_library(source)
     reason = native_obstacle(source)
     assert reason is not None and str(source) in reason
@@ -140,7 +145,9 @@ def test_a_cache_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest
     blocked = folder / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    with pytest.raises(NativeUnavailable, match="native.cpp cannot be built in .*file"):
+    with pytest.raises(
+        NativeUnavailable, match="op/native.cpp cannot be built in .*file.*; XDG_CACHE_HOME names another"
+    ):
         load_library(_source(folder, ADD_ONE))
 
 

@@ -172,6 +172,13 @@ def test_bad_input_is_named() -> None:
         call(tokens, None, multipliers, primes, offsets[:, :3].contiguous())
     with pytest.raises(ValueError, match="token_map must be contiguous, one entry for each token id"):
         call(tokens, None, multipliers, primes, offsets, token_map=torch.zeros(0, dtype=torch.int64))
+    for wrong in (0, -5):
+        with pytest.raises(ValueError, match=f"a head has {wrong} rows: primes must be at least 2"):
+            call(tokens, None, multipliers, torch.full_like(primes, wrong), offsets)
+    with pytest.raises(ValueError, match="pad_id is -4"):
+        call(tokens, None, multipliers, primes, offsets, pad_id=-4)
+    with pytest.raises(ValueError, match=r"primes must be contiguous, got strides \[4, 1, 2\]"):
+        call(tokens, None, multipliers, torch.full((1, 2, 2), 7).transpose(1, 2), offsets)
     with pytest.raises(ValueError, match="ngram_hash has no implementation 'cuda'"):
         call(tokens, None, multipliers, primes, offsets, impl="cuda")
 

@@ -385,6 +385,27 @@ def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], mes
         adam_with(**changes)()
 
 
+@pytest.mark.parametrize(
+    ("rows", "starts", "order"),
+    [
+        ([3, 1], [0, 1, 2], [0, 1]),
+        ([1, 1], [0, 1, 2], [0, 1]),
+        ([-1, 3], [0, 1, 2], [0, 1]),
+        ([1, 3], [0, 1, 9], [0, 1]),
+        ([1, 3], [0, 2, 1], [0, 1]),
+        ([1, 3], [0, 1], [0, 1]),
+        ([1, 3], [0, 1, 2], [0, 9]),
+        ([1, 3], [0, 1, 2], [-1, 0]),
+    ],
+)
+def test_a_plan_that_nobody_planned_is_refused(rows: list[int], starts: list[int], order: list[int]) -> None:
+    plan = RowPlan(torch.tensor(rows), torch.tensor(starts), torch.tensor(order), 2)
+    with pytest.raises(ValueError, match="use plan_rows"):
+        adam_with(plan=plan)()
+    with pytest.raises(ValueError, match="use plan_rows"):
+        sum_rows(torch.zeros(2, 16), plan)
+
+
 def test_what_an_implementation_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_rows(torch.tensor([0, 1]))
     with pytest.raises(ImplementationUnavailable, match="but rows are 20 wide, not a multiple of 16 from 16 to 1024"):

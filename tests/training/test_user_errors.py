@@ -128,7 +128,7 @@ def test_unprepared_data_is_prepared(make_config: MakeConfig, data: Path, tmp_pa
     config = make_config(train={"steps": 1}, data={"path": str(tmp_path / "new" / "tiny")})
     assert Trainer(config).fit() is Exit.DONE
     log = (Path(config.run_dir) / "log.txt").read_text()
-    assert f"{config.data.path} holds no prepared data yet: preparing it" in log
+    assert f"{config.data.path} does not exist yet: preparing it" in log
     tokens = [(Path(path) / "train_000.bin").read_bytes() for path in (config.data.path, data)]
     assert tokens[0] == tokens[1]
 
@@ -161,6 +161,36 @@ def test_a_model_beyond_the_memory(make_config: MakeConfig, change: dict) -> Non
     ):
         Trainer(config).fit()
     assert not Path(config.run_dir).exists()
+
+
+def test_a_step_that_cannot_fit(make_config: MakeConfig) -> None:
+    """Said at the start: where memory is promised freely, the process would be killed without a word."""
+    config = make_config(train={"batch_size": 10**9})
+    with pytest.raises(UserError, match=r"for a training step, but only .* lower train\.micro_batch_size \(now 10+ of"):
+        Trainer(config).fit()
+    assert not Path(config.run_dir).exists()
+
+
+def test_more_threads_than_make_sense(make_config: MakeConfig) -> None:
+    cpus = os.cpu_count()
+    config = make_config(train={"threads": 100_000})
+    with pytest.raises(UserError, match=f"train.threads is 100000, but this machine has {cpus} CPUs: lower it to"):
+        Trainer(config).fit()
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("/bin/false", "CXX names '/bin/false'"), ("c++ '", "CXX names")])
+def test_without_a_compiler_steps_are_eager(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, compiler: str, reason: str
+) -> None:
+    from torch._inductor import config as inductor
+
+    monkeypatch.setenv("CXX", compiler)
+    config = make_config(train={"steps": 1, "compile": True})
+    with inductor.patch({"cpp.cxx": (None, compiler)}):
+        assert Trainer(config).fit() is Exit.DONE
+    log = (Path(config.run_dir) / "log.txt").read_text()
+    assert f"train.compile has no effect, and steps are slower: {reason}" in log
 
 
 def test_an_allocator_that_gives_up(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engram.kernels.causal_attention.native_cpu import NativeAttention, native_obstacle
-from engram.kernels.causal_attention.reference import causal_attention_ref
+from engram.kernels.causal_attention.reference import causal, causal_attention_ref
 from engram.kernels.choose import Implementation, check_devices, choose
 
 __all__ = ["causal_attention", "causal_attention_ref"]
@@ -52,6 +52,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     # CPU's fused kernel refuses values narrower than queries: zeros fill them up.
     missing = max(q.shape[-1] - v.shape[-1], 0) if q.device.type == "cpu" else 0
     wide = F.pad(v, (0, missing)) if missing else v
+    if mask is not None:
+        mask = mask & causal(q)
     out = F.scaled_dot_product_attention(q, k, wide, mask, is_causal=mask is None, scale=scale)
     return out[..., : v.shape[-1]]
 
@@ -63,6 +65,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         raise ValueError(
             f"q and k must be [B, H, T, D] and v [B, H, T, V], not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
+    if not q.shape[-1] or not v.shape[-1]:
+        raise ValueError(f"queries {q.shape[-1]} wide and values {v.shape[-1]} wide: both must be at least 1")
+    if not q.is_floating_point():
+        raise TypeError(f"q, k and v must be floating point, not {q.dtype}")
     batch, _, length, _ = q.shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, 1, length, length)):
         raise ValueError(

@@ -76,6 +76,8 @@ def _validate(
         raise ValueError(f"engram_gate_conv has no gate {gate!r}: choose 'signed_sqrt', 'plain' or None")
     if hidden.dim() != 4 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating point [B, T, G, D], not {hidden.dtype} {list(hidden.shape)}")
+    if not hidden.shape[2] or not hidden.shape[3]:
+        raise ValueError(f"hidden {list(hidden.shape)} must have at least one stream and one channel")
     if keys_and_value.dtype != hidden.dtype:
         raise TypeError(f"keys_and_value is {keys_and_value.dtype}, but hidden {hidden.dtype}: convert one of them")
     if alive.dtype != torch.bool:

@@ -155,6 +155,8 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, impl: str) -> str:
             "linear_cross_entropy wants x [T, D], weight [V, D] and targets [T], not "
             f"{list(x.shape)}, {list(weight.shape)} and {list(targets.shape)}"
         )
+    if not len(weight):
+        raise ValueError("linear_cross_entropy wants a weight [V, D] of at least one row, not none")
     if not (x.is_floating_point() and weight.is_floating_point()) or targets.dtype != torch.int64:
         raise TypeError(
             "linear_cross_entropy wants floating-point x and weight, and int64 targets, not "

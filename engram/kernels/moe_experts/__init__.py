@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from engram.kernels.choose import Implementation, check_devices, choose, triton_obstacle
 from engram.kernels.moe_experts.grouped import GroupedExperts
-from engram.kernels.moe_experts.native_cpu import NativeExperts, native_obstacle
+from engram.kernels.moe_experts.native_cpu import NativeExperts, checked_ids, native_obstacle
 from engram.kernels.moe_experts.reference import moe_experts_ref
 
 __all__ = ["moe_experts", "moe_experts_ref"]
@@ -30,8 +30,8 @@ def moe_experts(
 
     `native` is C++, for bfloat16 on CPU; `triton` needs D and F to be multiples of 16; `grouped` is torch's grouped
     product, which `auto` takes where its first choice cannot run. Raises TypeError and ValueError for operands that do
-    not fit together, ImplementationUnavailable for an implementation that cannot run; on CPU, `native` raises
-    IndexError for an expert id out of range.
+    not fit together, ImplementationUnavailable for an implementation that cannot run; on CPU, IndexError
+    for an expert id out of range.
     """
     _check(x, expert_ids, weights, gate_up, down)
     check_devices("moe_experts", x=x, expert_ids=expert_ids, weights=weights, gate_up=gate_up, down=down)
@@ -39,6 +39,8 @@ def moe_experts(
     if chosen == "native":
         return NativeExperts.apply(x, expert_ids, weights, gate_up, down)
     gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    if x.device.type == "cpu":
+        expert_ids = checked_ids(expert_ids, len(gate_up))
     if chosen == "triton":
         from engram.kernels.moe_experts.triton import moe_experts_triton
 

@@ -113,3 +113,16 @@ def _call(name: str, *tensors: Tensor) -> None:
 def _bad_id(expert_ids: Tensor, experts: int) -> str:
     token, choice = ((expert_ids < 0) | (expert_ids >= experts)).nonzero()[0].tolist()
     return f"expert id {int(expert_ids[token, choice])} at [{token}, {choice}] is not one of {experts} experts"
+
+
+@torch.library.custom_op("engram::checked_expert_ids", mutates_args=())
+def checked_ids(expert_ids: Tensor, experts: int) -> Tensor:
+    """A copy of the ids [T, K], for code that does not check them. Raises IndexError, in compiled graphs too."""
+    if ((expert_ids < 0) | (expert_ids >= experts)).any():
+        raise IndexError(_bad_id(expert_ids, experts))
+    return expert_ids.clone()
+
+
+@checked_ids.register_fake
+def _(expert_ids: Tensor, experts: int) -> Tensor:
+    return torch.empty_like(expert_ids)

@@ -42,6 +42,8 @@ def ngram_hash(
     """
     check_tokens(ids, document_ids, token_map)
     check_recipe(multipliers, primes, offsets, ids.device, leading=1)
+    if pad_id < 0:
+        raise ValueError(f"pad_id is {pad_id}: it must be an id, 0 or more")
     device = ids.device.type
     chosen = _choice(impl, device)
     checked = device == "cpu" if checked is None else checked
@@ -64,6 +66,9 @@ def _ngram_hash(
     impl: str,
 ) -> Tensor:
     ids = ids.contiguous()
+    # On CUDA, looking would wait for the device.
+    if primes.device.type == "cpu" and primes.numel() and (smallest := int(primes.min())) < 2:
+        raise ValueError(f"a head has {smallest} rows: primes must be at least 2")
     if document_ids is not None:
         document_ids = document_ids.contiguous()
     if impl == "native":
@@ -133,8 +138,10 @@ def check_recipe(
             continue
         if tensor.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {tensor.dtype}: hashing is exact in int64 only")
-        if tensor.device != device or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous and on {device} as the ids are, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device} as the ids are, got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
     layers, longest = multipliers.shape[:-1], multipliers.shape[-1]
     if multipliers.ndim != leading + 1 or not 2 <= longest <= LONGEST_NGRAM:
         raise ValueError(f"multipliers {list(multipliers.shape)} must end in n-gram sizes of 2 to {LONGEST_NGRAM}")

@@ -74,8 +74,8 @@ def _check(table: Tensor, momentum: Tensor, gradient: Tensor, rows: Tensor, step
             raise TypeError(f"{name} is {tensor.dtype}, but must be {' or '.join(map(str, allowed))}")
         if tensor.ndim != 2 or not tensor.is_contiguous():
             raise ValueError(f"{name} must be a contiguous matrix, not {list(tensor.shape)}: call .contiguous()")
-    if rows.dtype != torch.int64 or not rows.is_contiguous():
-        raise TypeError(f"rows must be contiguous int64, not {rows.dtype}")
+    if rows.dtype != torch.int64 or rows.ndim != 1 or not rows.is_contiguous():
+        raise TypeError(f"rows must be a contiguous int64 vector, not {rows.dtype} {list(rows.shape)}")
     if momentum.shape != table.shape:
         raise ValueError(f"momentum is {list(momentum.shape)}, but the table is {list(table.shape)}")
     if gradient.shape != (len(rows), table.shape[1]):
@@ -105,9 +105,13 @@ def _sinkhorn_momentum(
     seed: int,
     impl: str,
 ) -> None:
-    # Rows ascend, so the last one tells; elsewhere than on CPU, looking would wait for the device.
-    if table.device.type == "cpu" and len(rows) and rows[-1] >= len(table):
-        raise IndexError(f"row {int(rows[-1])} has a gradient, but the table has only {len(table)} rows")
+    # Elsewhere than on CPU, looking would wait for the device.
+    if table.device.type == "cpu" and len(rows):
+        outside = rows[(rows < 0) | (rows >= len(table))]
+        if len(outside):
+            raise IndexError(f"row {int(outside[0])} has a gradient, but the table has rows 0 to {len(table) - 1}")
+        if not (rows.diff() > 0).all():
+            raise ValueError("rows must be distinct and ascend: sort them, and add up the gradients of equal ones")
     run: Callable[..., None]
     if impl == "triton":
         # Imports triton, which may be absent.

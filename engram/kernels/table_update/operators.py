@@ -24,6 +24,8 @@ def _(ids: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("engram::sum_rows", mutates_args=())
 def sum_rows(gradient: Tensor, rows: Tensor, starts: Tensor, order: Tensor, num_reads: int, impl: str) -> Tensor:
+    if gradient.device.type == "cpu":
+        check_reads(rows, starts, order, num_reads)
     with torch.cuda.device_of(gradient):
         return _implementation("sum_rows", impl)(gradient, RowPlan(rows, starts, order, num_reads))
 
@@ -52,7 +54,7 @@ def row_adam_(
     seed: int,
     impl: str,
 ) -> None:
-    _check_rows(table, rows)
+    _check_plan(table, rows, starts, order, num_reads)
     settings = dict(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, seed=seed)
     plan = RowPlan(rows, starts, order, num_reads)
     if len(rows):
@@ -75,7 +77,7 @@ def rowwise_adagrad_(
     seed: int,
     impl: str,
 ) -> None:
-    _check_rows(table, rows)
+    _check_plan(table, rows, starts, order, num_reads)
     settings = dict(lr=lr, eps=eps, weight_decay=weight_decay, seed=seed)
     plan = RowPlan(rows, starts, order, num_reads)
     if len(rows):
@@ -83,10 +85,25 @@ def rowwise_adagrad_(
             _implementation("rowwise_adagrad", impl)(table, square_sum, gradient, plan, **settings)
 
 
-def _check_rows(table: Tensor, rows: Tensor) -> None:
-    """Rows ascend, so the last one tells; elsewhere than on CPU, looking would wait for the device."""
-    if table.device.type == "cpu" and len(rows) and rows[-1] >= len(table):
+def _check_plan(table: Tensor, rows: Tensor, starts: Tensor, order: Tensor, num_reads: int) -> None:
+    """What kernels take for granted. Elsewhere than on CPU, looking would wait for the device."""
+    if table.device.type != "cpu":
+        return
+    if len(rows) and rows[-1] >= len(table):
         raise IndexError(f"the plan holds row {int(rows[-1])}, but the table has only {len(table)} rows")
+    check_reads(rows, starts, order, num_reads)
+
+
+def check_reads(rows: Tensor, starts: Tensor, order: Tensor, num_reads: int) -> None:
+    """Raises ValueError for a plan on CPU that `plan_rows` cannot have made: kernels would go out of bounds."""
+    ascending = not len(rows) or (rows[0] >= 0 and bool((rows.diff() > 0).all()))
+    covers = len(starts) == len(rows) + 1 and starts[0] == 0 and starts[-1] == len(order)
+    if not ascending or not covers or not bool((starts.diff() > 0).all()):
+        raise ValueError(
+            "the plan's rows must ascend, and its starts too, from 0 to the number of reads: use plan_rows"
+        )
+    if len(order) and not 0 <= int(order.min()) <= int(order.max()) < num_reads:
+        raise ValueError(f"the plan's order must hold places below {num_reads}, its number of ids: use plan_rows")
 
 
 def _implementation(name: str, impl: str) -> Callable[..., Any]:
