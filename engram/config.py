@@ -18,7 +18,9 @@ from engram.config_file import UserError as UserError
 from engram.config_file import apply_override, explain, read_tree
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Frozen, without unknown keys: what all sections of a config, and a sweep's file, have in common."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def replace(self, **changes: Any) -> Self:
@@ -46,7 +48,7 @@ Name = Annotated[str, Field(min_length=1)]
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-class YarnConfig(_Settings):
+class YarnConfig(Settings):
     """YaRN extension of RoPE (Peng et al. 2023), with DeepSeek's temperature."""
 
     factor: Annotated[float, Field(gt=1)]
@@ -57,7 +59,7 @@ class YarnConfig(_Settings):
     mscale_all_dim: NonNegative = 1.0
 
 
-class AttentionConfig(_Settings):
+class AttentionConfig(Settings):
     """Multi-head latent attention (DeepSeek-V2)."""
 
     num_heads: Count
@@ -83,7 +85,7 @@ class AttentionConfig(_Settings):
         return self
 
 
-class MoEConfig(_Settings):
+class MoEConfig(Settings):
     """DeepSeekMoE: sigmoid router, top-k with normalised weights, shared experts, leading dense layers."""
 
     num_experts: Count
@@ -119,7 +121,7 @@ class MoEConfig(_Settings):
         return self
 
 
-class HyperConnectionConfig(_Settings):
+class HyperConnectionConfig(Settings):
     """Manifold-constrained hyper-connections (arXiv 2512.24880)."""
 
     hc_mult: Annotated[int, Field(ge=1, le=16)] = 4
@@ -130,7 +132,7 @@ class HyperConnectionConfig(_Settings):
     residual_bias: float = 8.0
 
 
-class ConvConfig(_Settings):
+class ConvConfig(Settings):
     """Short depthwise causal convolution over the gated value (Engram, equation 5)."""
 
     kernel_size: Annotated[int, Field(ge=2)] = 4
@@ -147,7 +149,7 @@ def _per_order(value: Any) -> Any:
     return (value,) if isinstance(value, int) else value
 
 
-class NgramConfig(_Settings):
+class NgramConfig(Settings):
     """Geometry and hash recipe of n-gram tables, shared by Engram memory and OverEncoding."""
 
     # Heads per n-gram order, width of one head's row, and rows of each head's table before they become distinct primes.
@@ -222,7 +224,7 @@ class OverEncodingConfig(NgramConfig):
     """The baseline that averages hashed n-gram rows into the input embedding (arXiv 2501.16975)."""
 
 
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     """A transformer with two optional axes of sparsity: experts (`moe`) and n-gram memory (`memory`)."""
 
     num_layers: Count
@@ -274,7 +276,7 @@ class ModelConfig(_Settings):
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-class SourceConfig(_Settings):
+class SourceConfig(Settings):
     """One source of documents: a corpus by name, or local files by path."""
 
     # A corpus that `python -m engram.data list` shows.
@@ -293,7 +295,7 @@ class SourceConfig(_Settings):
         return self
 
 
-class TokenizerConfig(_Settings):
+class TokenizerConfig(Settings):
     """Train a SentencePiece BPE model of `model.vocab_size` pieces with byte fallback, or load a tokenizer."""
 
     # A SentencePiece .model, a Hugging Face tokenizer.json, or `deepseek` (the package's); null: train one.
@@ -303,7 +305,7 @@ class TokenizerConfig(_Settings):
     character_coverage: Annotated[float, Field(gt=0.9, le=1)] = 0.9999
 
 
-class DataConfig(_Settings):
+class DataConfig(Settings):
     """A prepared folder of token shards, and how it came about."""
 
     # Folder that holds the manifest, the tokenizer and the shards.
@@ -325,7 +327,7 @@ class DataConfig(_Settings):
 # --------------------------------------------------------------------------------------------------------------- optim
 
 
-class ScheduleConfig(_Settings):
+class ScheduleConfig(Settings):
     """Learning rate over steps: linear warm-up, then `step` (the paper's), `cosine`, `wsd` or `constant`."""
 
     kind: Literal["step", "cosine", "wsd", "constant"] = "step"
@@ -344,7 +346,7 @@ class ScheduleConfig(_Settings):
         return self
 
 
-class MuonConfig(_Settings):
+class MuonConfig(Settings):
     """Muon for hidden matrices: Nesterov momentum, then Newton-Schulz orthogonalisation."""
 
     momentum: Fraction = 0.95
@@ -355,7 +357,7 @@ class MuonConfig(_Settings):
     update_rms: Positive = 0.2
 
 
-class TableOptimConfig(_Settings):
+class TableOptimConfig(Settings):
     """Optimizer of the n-gram tables."""
 
     # row_adam moves touched rows only; rowwise_adagrad keeps one scalar a row; sinkhorn is DeepSeek-V4.1's;
@@ -378,7 +380,7 @@ class TableOptimConfig(_Settings):
         return self
 
 
-class OptimConfig(_Settings):
+class OptimConfig(Settings):
     """Learning rate and the three optimizer roles: Muon, AdamW, tables."""
 
     lr: Positive = 1e-3
@@ -396,7 +398,7 @@ class OptimConfig(_Settings):
 # ------------------------------------------------------------------------------------------------------- train and eval
 
 
-class WandbConfig(_Settings):
+class WandbConfig(Settings):
     """Weights & Biases: `offline` writes to the run folder, `online` sends, `disabled` does nothing."""
 
     mode: Literal["offline", "online", "disabled"] = "offline"
@@ -404,7 +406,7 @@ class WandbConfig(_Settings):
     entity: str | None = None
 
 
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """Length, batches, precision and book-keeping of a run."""
 
     steps: Count
@@ -439,7 +441,7 @@ class TrainConfig(_Settings):
         return self
 
 
-class EvalConfig(_Settings):
+class EvalConfig(Settings):
     """Evaluation during and after training, on a fixed set of validation tokens."""
 
     # Tokens of the validation split, from its start; null: all.
@@ -452,7 +454,7 @@ class EvalConfig(_Settings):
     gate_text: str = "The people of the United States and the Congress of the United States"
 
 
-class Config(_Settings):
+class Config(Settings):
     """One run."""
 
     model: ModelConfig

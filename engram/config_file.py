@@ -24,6 +24,17 @@ class ConfigError(UserError):
 
 def read_tree(path: Path, base_allowed: bool = True) -> dict[str, Any]:
     """The nested dictionary of a YAML file, laid over that of its `base:`. Raises ConfigError."""
+    tree = read_mapping(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not base_allowed:
+        raise ConfigError(f"{path}: is a base and names a base itself ({base}): only one level is allowed")
+    return merge(read_tree(path.parent / str(base), base_allowed=False), tree)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The nested dictionary of a YAML file as it stands. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -33,32 +44,32 @@ def read_tree(path: Path, base_allowed: bool = True) -> dict[str, Any]:
     tree = _parse(text, path, "is not valid YAML")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, but a config is a mapping of sections")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not base_allowed:
-        raise ConfigError(f"{path}: is a base and names a base itself ({base}): only one level is allowed")
-    return merge(read_tree(path.parent / str(base), base_allowed=False), tree)
+    return tree
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one `a.b=c` in place, making sections on the way. Raises ConfigError."""
     dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(dotted.strip().split(".")):
         raise ConfigError(f"override {override!r} is not of the form a.b=value")
     value = _parse(text, f"override {override!r}", "the value is not valid YAML")
+    set_value(tree, dotted.strip(), value, origin=f"override {override!r}")
+
+
+def set_value(tree: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
+    """Set the setting `a.b` in place, making sections on the way. Raises ConfigError, opening by `origin`."""
+    keys = dotted.split(".")
     for depth, key in enumerate(keys[:-1], start=1):
         below, here, rest = tree.get(key), ".".join(keys[:depth]), keys[depth:]
         if isinstance(below, list) or (below is None and rest[0].isdecimal()):
             entry = reduce(lambda inner, name: {name: inner}, reversed(rest[1:]), value)
             whole = yaml.safe_dump([entry], default_flow_style=True, allow_unicode=True, width=math.inf).strip()
             raise ConfigError(
-                f"override {override!r}: {here} is a list, whose entries cannot be set one by one: give the whole "
+                f"{origin}: {here} is a list, whose entries cannot be set one by one: give the whole "
                 f"list, for example '{here}={whole}'"
             )
         if below is not None and not isinstance(below, dict):
-            raise ConfigError(f"override {override!r}: {here} is {_shown(below)}, not a section")
+            raise ConfigError(f"{origin}: {here} is {_shown(below)}, not a section")
         tree[key] = dict(below or {})
         tree = tree[key]
     tree[keys[-1]] = value

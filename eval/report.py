@@ -13,6 +13,7 @@ from engram.config import UserError
 from engram.model.accounting import ParameterCounts, count_parameters
 from engram.report.figure import to_csv
 from engram.report.page import Page
+from engram.report.text import short
 from eval import gates
 from eval.curves import loss_figure, schedule_figure, statistics_figure
 from eval.loading import check_target
@@ -266,10 +267,3 @@ def run_names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"run_{index}" for index in range(len(folders))]
-
-
-def short(count: int) -> str:
-    """Three digits and a unit: 26,390,000,000 -> 26.4 B."""
-    power = min(max(len(f"{count}") - 1, 0) // 3, 4)
-    scaled = count / 1000**power
-    return f"{scaled:.3g} {['', 'K', 'M', 'B', 'T'][power]}".strip() if power else str(count)

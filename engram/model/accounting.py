@@ -270,6 +270,11 @@ def _over_encoding(model: ModelConfig) -> list[Part]:
     ]
 
 
+def table_rows(model: ModelConfig) -> int:
+    """Rows of all n-gram tables, after each head's number became a prime."""
+    return sum(num_rows for _, num_rows in _tables(model))
+
+
 def describe(config: Config) -> str:
     """Tables of parameters and FLOPs by part and of bytes by role, and one line that sums up the run."""
     counts, length = count_parameters(config.model), config.data.sequence_length

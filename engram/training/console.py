@@ -11,6 +11,8 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from engram.report.text import duration
+
 logger = logging.getLogger(__name__)
 
 # logger.info(..., extra=LOG_FILE_ONLY): what would be too long or too much for the terminal.
@@ -99,12 +101,6 @@ class RunConsole:
             handler.setFormatter(logging.Formatter("%(message)s"))
         handler.addFilter(lambda record: not getattr(record, "log_file_only", False))
         return handler
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 3725 -> 1:02:05."""
-    minutes, second = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
 
 
 def _file_handler(path: Path) -> logging.Handler:

@@ -23,32 +23,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from engram.config import Config, ConfigError, UserError, load_config, save_config
+from engram.config_identity import FREE, ROUNDING, within
 from engram.training.files import remove_unfinished, sync, unfinished, write_atomically
-
-# Settings that a later call on the same folder may change without changing a single weight ...
-FREE = (
-    "run_dir",
-    "eval",
-    "data.path",
-    "data.cache",
-    "data.prefetch",
-    "train.stop_after",
-    "train.log_every",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.statistics_every",
-    "train.skip_nonfinite",
-    "train.wandb",
-)
-# ... and those that change only the order of floating-point sums: allowed, with a warning.
-ROUNDING = (
-    "train.threads",
-    "train.device",
-    "train.compile",
-    "train.micro_batch_size",
-    "train.activation_checkpointing",
-)
 
 
 class RunFolderError(UserError):
@@ -190,14 +166,14 @@ class RunFolder:
                 "check out the commit in code.json, or choose another run_dir"
             ) from None
         changes = differences(saved.model_dump(mode="json"), self.config.model_dump(mode="json"))
-        forbidden = [change for key, change in changes.items() if not _within(key, FREE + ROUNDING)]
+        forbidden = [change for key, change in changes.items() if not within(key, FREE + ROUNDING)]
         if forbidden:
             raise RunFolderError(
                 f"run_dir {self.path}: was started with another config:\n  "
                 + "\n  ".join(forbidden)
                 + "\nchoose another run_dir for the changed config, or take the change back to continue this run"
             )
-        self.rounding_changes = [change for key, change in changes.items() if _within(key, ROUNDING)]
+        self.rounding_changes = [change for key, change in changes.items() if within(key, ROUNDING)]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -245,10 +221,6 @@ def _git(*arguments: str) -> str | None:
         return subprocess.run(command, capture_output=True, check=True, timeout=10, text=True, errors="replace").stdout
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _within(key: str, names: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from engram.config import UserError, load_config
 from engram.model.accounting import count_parameters
 from eval import ngram
-from eval.report import loss_table, print_summary, run_names, short, write_report
+from eval.report import loss_table, print_summary, run_names, write_report
 from eval.runs import Run, read_run
 
 
@@ -161,10 +161,3 @@ def test_not_a_run_folder(tmp_path: Path, run_folder: Path) -> None:
     load_config(tmp_path / "config.yaml")
     with pytest.raises(UserError, match="has no metrics yet"):
         write_report([tmp_path])
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0"), (999, "999"), (1000, "1 K"), (26_390_000_000, "26.4 B"), (196_610_000_000, "197 B")]
-)
-def test_short_numbers(count: int, text: str) -> None:
-    assert short(count) == text

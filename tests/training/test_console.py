@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engram.training.console import RunConsole, duration
+from engram.training.console import RunConsole
 
 LINE = {"step": 3, "loss": 2.34567, "lr": 0.00125, "grad_norm": 0.98765, "tokens_per_second": 12_345.6}
 SHOWN = "step 3/9  loss 2.3457  val 2.5000  12,346 tokens/s  lr 0.00125  grad norm 0.988  1:01:05 left"
@@ -51,8 +51,3 @@ def test_a_skipped_step_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture) 
     with RunConsole(tmp_path / "log.txt", steps=9) as console:
         console.report({**LINE, "loss": float("nan"), "grad_norm": float("inf")}, 0)
     assert "loss nan" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.9, "0:00:00"), (3725, "1:02:05"), (90_000, "25:00:00")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

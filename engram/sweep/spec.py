@@ -1,0 +1,161 @@
+"""A sweep's file: a base config, axes, seeds, and what the axes derive. `configs/sweep/README.md` shows each key."""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from engram.config import Config, Count, Name, Positive, Seed, Settings
+from engram.config_file import UserError, explain, read_mapping
+
+# Axes that mean more than one setting: the experts' share of the sparse parameters, rows per head of every table, and
+# training FLOPs, from which the number of steps follows.
+DERIVED_AXES = ("rho", "rows", "flops")
+View = Literal["allocation", "scaling", "bars", "lines"]
+
+
+class SweepError(UserError):
+    """A sweep that cannot be read, planned or run as it stands."""
+
+
+# An axis lists the values of one setting, or names sets of settings.
+Axis = Annotated[list[Any], Field(min_length=1)] | Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+
+
+class Part(Settings):
+    """One grid of runs, all combinations of its axes and seeds."""
+
+    # The training config that all runs start from.
+    base: Path
+    axes: dict[Name, Axis] = {}
+    # `allocation`: axis `rho` moves parameters between experts and tables; `memory`: axis `rows` lets the tables grow.
+    derive: Literal["allocation", "memory"] | None = None
+    # False: the paper's accounting, which leaves the memory's dense projections as extra.
+    compensate: bool = True
+    # How an axis `flops` counts: 6 x activated parameters x tokens, or every matrix product.
+    flops: Literal["6nd", "counted"] = "6nd"
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    # Dotted settings, laid over the base before the axes.
+    overrides: dict[str, Any] = {}
+    # How `report` shows the part; null: by what it derives.
+    view: View | None = None
+    # The point that others are compared with, by axis; `part` names another part that holds it. null: the first point.
+    reference: dict[str, Any] | None = None
+
+    @property
+    def shown_as(self) -> View:
+        return self.view or ("allocation" if self.derive == "allocation" else "scaling" if self.derive else "bars")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} repeat: give each seed once")
+        for name, values in self.axes.items():
+            self._check_axis(name, values)
+        for derive, axis in (("allocation", "rho"), ("memory", "rows")):
+            if (axis in self._names()) != (self.derive == derive):
+                raise ValueError(f"an axis {axis} and derive: {derive} belong together, but one of them is missing")
+        return self
+
+    def _names(self) -> set[str]:
+        """Axes, and what the values of named axes set."""
+        named = [settings for values in self.axes.values() if isinstance(values, dict) for settings in values.values()]
+        return set(self.axes).union(*named)
+
+    def _check_axis(self, name: str, values: list[Any] | dict[str, dict[str, Any]]) -> None:
+        if name in ("seed", "data.shuffle_seed"):
+            raise ValueError(f"axes.{name}: is set by `seeds`, which makes intervals of it: list the seeds there")
+        if isinstance(values, dict):
+            for value, settings in values.items():
+                for key in settings:
+                    if key in DERIVED_AXES:
+                        _check_number(f"axes.{name}.{value}.{key}", settings[key])
+            return
+        shown = [repr(value) for value in values]
+        if len(set(shown)) != len(shown):
+            raise ValueError(f"axes.{name}: {list(values)} repeats a value: give each value once")
+        if name in DERIVED_AXES:
+            for value in values:
+                _check_number(f"axes.{name}", value)
+        elif "." not in name and name not in Config.model_fields:
+            near = difflib.get_close_matches(name, DERIVED_AXES, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"axes.{name}: unknown axis; {hint}A list belongs to {', '.join(DERIVED_AXES)} or a dotted setting "
+                "such as optim.lr; a mapping of names to settings may have any name"
+            )
+
+
+class SlurmConfig(Settings):
+    """What `submit` asks of the cluster for one run."""
+
+    partition: str | None = None
+    account: str | None = None
+    time_minutes: Count = 60
+    cpus_per_task: Count = 8
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    mem_gb: Positive | None = None
+    # Runs at a time.
+    array_parallelism: Count = 256
+    # Lines before a run, such as `module load`, and further #SBATCH settings.
+    setup: tuple[str, ...] = ()
+    additional: dict[str, str | int | float] = {}
+
+
+class Sweep(Settings):
+    """A sweep's file, with every part's defaults filled in from the top level."""
+
+    name: Name
+    parts: Annotated[dict[Name, Part], Field(min_length=1)]
+    # Run folders by run id, shared by all sweeps.
+    pool: Path = Path("runs/pool")
+    # Tables, fits, figures, page, and the small files of every finished run.
+    out: Path
+    slurm: SlurmConfig = SlurmConfig()
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read a sweep's file. Raises SweepError: names the key, its value and what is allowed."""
+    path = Path(path)
+    tree = read_mapping(path)
+    known = [*Sweep.model_fields, *Part.model_fields]
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}"
+            raise SweepError(f"{path}: {key}: unknown key; {hint}")
+    shared = {key: tree.pop(key) for key in list(tree) if key in Part.model_fields}
+    tree.setdefault("name", path.stem)
+    tree.setdefault("out", f"results/{tree['name']}")
+    parts = tree.get("parts", {str(tree["name"]): {}})
+    if isinstance(parts, dict):
+        tree["parts"] = {name: _filled(part, shared) for name, part in parts.items()}
+    try:
+        sweep = Sweep.model_validate(tree)
+    except ValidationError as error:
+        raise SweepError("\n".join(f"{path}: {line}" for line in explain(error, Sweep))) from None
+    # Relative to the sweep's file; an absolute path stays as it is.
+    return sweep.replace(
+        parts={name: part.replace(base=path.parent / part.base) for name, part in sweep.parts.items()}
+    )
+
+
+def _check_number(where: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # What YAML takes for text, such as 2e20.
+        hint = " (YAML reads an exponent only as in 2.0e+20)" if isinstance(value, str) else ""
+        raise ValueError(f"{where}: holds {value!r}, but must hold a number{hint}")
+
+
+def _filled(part: Any, shared: dict[str, Any]) -> Any:
+    """A part over the file's top level: its settings replace those, its overrides add to them."""
+    if part is None:
+        return shared
+    if not isinstance(part, dict):
+        return part
+    overrides = [tree.get("overrides") or {} for tree in (shared, part)]
+    if not all(isinstance(override, dict) for override in overrides):
+        return {**shared, **part}
+    return {**shared, **part, "overrides": {**overrides[0], **overrides[1]}}
