@@ -4,8 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from engram.config_file import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EPILOG = """\
 examples:
@@ -25,6 +29,10 @@ exit status:
   2    the sweep's file, or what it finds, cannot be used (the message says what to change)
   130  interrupted: running trainings saved their state, and the same command goes on
 """
+
+
+# Columns of what is not read on a terminal.
+_PIPE_WIDTH = 200
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,8 +101,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def plan(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from engram.sweep import plan as planning
     from engram.sweep.grid import expand
     from engram.sweep.pool import Pool
@@ -104,12 +110,13 @@ def plan(options: argparse.Namespace) -> int:
     runs = expand(sweep, options.part)
     pool = Pool(sweep.pool, sweep.out)
     points = planning.plan(runs)
-    console = Console(soft_wrap=True)
-    console.print(planning.plan_table(points, planning.speed(runs, pool)[0]))
+    console = _console()
+    for table in planning.plan_tables(points, planning.speed(runs, pool)[0]):
+        console.print(table, "")
     if options.ids:
         for found in runs:
             console.print(f"{found.id}  {found.part}  {found.label}", highlight=False)
-    console.print("\n" + planning.summary(runs, points, pool, options.jobs), highlight=False)
+    console.print(planning.summary(runs, points, pool, options.jobs), highlight=False, soft_wrap=True)
     return 0
 
 
@@ -156,8 +163,6 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def status(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from engram.sweep import status as states
     from engram.sweep.grid import expand, unique
     from engram.sweep.pool import Pool
@@ -171,7 +176,7 @@ def status(options: argparse.Namespace) -> int:
     elif options.watch:
         states.watch(runs, pool)
     else:
-        console = Console(soft_wrap=True)
+        console = _console()
         console.print(states.table(runs, pool))
         console.print(states.summary(runs, pool), highlight=False)
     return 0
@@ -191,13 +196,11 @@ def collect(options: argparse.Namespace) -> int:
 
 
 def fit(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from engram.sweep import study
     from engram.sweep.spec import load_sweep
 
     sweep = load_sweep(options.sweep)
-    study.print_fits(study.write_fits(sweep), Console(soft_wrap=True))
+    study.print_fits(study.write_fits(sweep), _console())
     return 0
 
 
@@ -207,6 +210,13 @@ def report(options: argparse.Namespace) -> int:
 
     print(reporting.write(load_sweep(options.sweep)))
     return 0
+
+
+def _console() -> "Console":
+    """As wide as the terminal; wide enough for every table where the output goes to a file or a pipe."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
 
 
 def _at_least_one(text: str) -> int:

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engram.sweep.allocation import allocate
-from engram.sweep.budget import steps_for
-
 from engram.config import Config, ConfigError, ModelConfig, parse_config
 from engram.config_file import read_tree, set_value
-from engram.config_identity import run_id
+from engram.config_identity import run_id, semantic_settings
+from engram.sweep.allocation import allocate
+from engram.sweep.budget import steps_for
 from engram.sweep.spec import DERIVED_AXES, Part, Sweep, SweepError
 
 
@@ -45,8 +44,15 @@ def expand(sweep: Sweep, part: str | None = None) -> list[Run]:
 
 
 def unique(runs: list[Run]) -> list[Run]:
-    """The first run of each id."""
-    return list({run.id: run for run in reversed(runs)}.values())[::-1]
+    """The first run of each id. Raises SweepError: two runs have one id and different settings."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        other = first.setdefault(run.id, run)
+        if other.config is not run.config and semantic_settings(other.config) != semantic_settings(run.config):
+            raise SweepError(
+                f"run id {run.id} stands for two configs: {other.part} ({other.label}) and {run.part} ({run.label})"
+            )
+    return list(first.values())
 
 
 def _expand_part(sweep: Sweep, name: str) -> Iterator[Run]:

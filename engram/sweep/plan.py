@@ -1,16 +1,16 @@
 """What a sweep would run and cost, before anything is spent."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from engram.sweep.pool import Pool
 from rich.table import Table
 
 from engram.model.accounting import count_bytes, count_flops, count_parameters, rho, table_rows
 from engram.report.text import duration, short
 from engram.sweep.grid import Run, unique
+from engram.sweep.pool import Pool
 
 # Training FLOPs per second that a run is taken to reach where no finished run tells: a thread of a server's processor.
 ASSUMED_SPEED = 5e10
@@ -54,19 +54,37 @@ def speed(runs: Iterable[Run], pool: Pool) -> tuple[float, str]:
     return ASSUMED_SPEED, "assumed, because no run has finished yet"
 
 
-def plan_table(points: Sequence[PlannedPoint], flops_per_second: float) -> Table:
-    """One line for each point; the time is that of one seed."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    axes = list(dict.fromkeys(axis for point in points for axis in point.point))
-    for name in ("part", *axes):
-        table.add_column(name)
-    numbers = ("rho", "experts", "rows", "total", "activated", "tokens", "FLOPs", "state", "seeds", "time")
-    for name in numbers:
+def plan_tables(points: Sequence[PlannedPoint], flops_per_second: float) -> Iterator[Table]:
+    """A table for each part, with a line for each point; the time is that of one seed."""
+    for part, group in groupby(points, key=lambda point: point.part):
+        yield _table(part, list(group), flops_per_second)
+
+
+def summary(runs: Sequence[Run], points: Sequence[PlannedPoint], pool: Pool, jobs: int) -> str:
+    """How many runs, how many of them are done, and how long the rest takes with `jobs` at a time."""
+    flops_per_second, source = speed(runs, pool)
+    once = unique(list(runs))
+    left = {run.id for run in once if pool.state(run).status != "done"}
+    cost = {run.id: point.flops for point in points for run in point.runs}
+    seconds = sum(cost[run] for run in left) / flops_per_second / jobs
+    shared = f" ({len(runs) - len(once)} of {len(runs)} are shared by several parts)" if len(once) < len(runs) else ""
+    return (
+        f"{len(once)} runs{shared}, {len(once) - len(left)} done, {len(left)} to go: {sum(cost.values()):.1e} FLOPs in "
+        f"all; about {duration(seconds)} for the rest, {jobs} at a time with {flops_per_second / 1e9:.0f} GFLOP/s each "
+        f"({source})"
+    )
+
+
+def _table(part: str, points: Sequence[PlannedPoint], flops_per_second: float) -> Table:
+    axes = list(points[0].point)
+    table = Table(title=part, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for axis in axes:
+        table.add_column(axis)
+    for name in ("rho", "experts", "rows", "total", "activated", "tokens", "FLOPs", "state", "seeds", "time"):
         table.add_column(f"{name} counted" if name in axes else name, justify="right")
     for point in points:
         table.add_row(
-            point.part,
-            *(str(point.point.get(axis, "")) for axis in axes),
+            *(str(value) for value in point.point.values()),
             f"{point.rho:.3f}",
             str(point.experts),
             f"{point.rows:,}",
@@ -79,21 +97,6 @@ def plan_table(points: Sequence[PlannedPoint], flops_per_second: float) -> Table
             duration(point.flops / flops_per_second),
         )
     return table
-
-
-def summary(runs: Sequence[Run], points: Sequence[PlannedPoint], pool: Pool, jobs: int) -> str:
-    """How many runs, how many of them are done, and how long the rest takes with `jobs` at a time."""
-    flops_per_second, source = speed(runs, pool)
-    once = unique(list(runs))
-    left = {run.id for run in once if pool.state(run).status != "done"}
-    cost = {run.id: point.flops for point in points for run in point.runs}
-    seconds = sum(cost[run] for run in left) / flops_per_second / jobs
-    shared = f" ({len(runs) - len(once)} of {len(runs)} are shared by several parts)" if len(once) < len(runs) else ""
-    return (
-        f"{len(once)} runs{shared}, {len(once) - len(left)} done, {len(left)} to go: {sum(cost.values()):.1e} FLOPs "
-        f"in all, about {duration(seconds)} for the rest with {jobs} at a time at {flops_per_second / 1e9:.0f} GFLOP/s each "
-        f"({source})"
-    )
 
 
 def _point(part: str, point: dict[str, object], runs: tuple[Run, ...]) -> PlannedPoint:

@@ -137,9 +137,7 @@ def load_sweep(path: str | Path) -> Sweep:
     except ValidationError as error:
         raise SweepError("\n".join(f"{path}: {line}" for line in explain(error, Sweep))) from None
     # Relative to the sweep's file; an absolute path stays as it is.
-    return sweep.replace(
-        parts={name: part.replace(base=path.parent / part.base) for name, part in sweep.parts.items()}
-    )
+    return sweep.replace(parts={name: part.replace(base=path.parent / part.base) for name, part in sweep.parts.items()})
 
 
 def _check_number(where: str, value: Any) -> None:

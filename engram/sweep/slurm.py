@@ -1,0 +1,116 @@
+"""The runs of a sweep as one job array, through submitit (extra `slurm`)."""
+
+import json
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engram.config import load_config, save_config
+from engram.config_identity import run_id
+from engram.sweep.grid import Run
+from engram.sweep.pool import Pool
+from engram.sweep.spec import SlurmConfig, SweepError
+from engram.sweep.worker import Job, Outcome
+
+
+class Training:
+    """One array task. Pickled as a name and plain paths, so that what it does is the code at the time it starts."""
+
+    def __init__(self) -> None:
+        self._job: Job | None = None
+
+    def __call__(self, config: str, part: str, point: str, pool: str, out: str) -> str:
+        """Train the run of a config file; returns how it ended. Raises RuntimeError where it failed."""
+        settings = load_config(config)
+        run = Run(run_id(settings), part, json.loads(point), settings.seed, settings)
+        job = Job.start(run, Pool(Path(pool), Path(out)))
+        outcome = job if isinstance(job, Outcome) else self._wait(job)
+        if outcome.status == "failed":
+            raise RuntimeError(f"{run.id} ({run.label}): {outcome.message}")
+        return outcome.status
+
+    def _wait(self, job: Job) -> Outcome:
+        self._job = job
+        # What a cluster sends to a job that is cancelled.
+        signal.signal(signal.SIGTERM, lambda number, frame: job.interrupt())
+        while (outcome := job.poll()) is None:
+            time.sleep(0.5)
+        return outcome
+
+    def checkpoint(self, *arguments: str) -> Any:
+        """Called before a preemption or the end of the time limit: save, and queue the rest."""
+        import submitit
+
+        if self._job is not None:
+            self._job.interrupt()
+            while self._job.poll() is None:
+                time.sleep(0.5)
+        return submitit.helpers.DelayedSubmission(Training(), *arguments)
+
+
+def submit(runs: Sequence[Run], pool: Pool, slurm: SlurmConfig, *, cluster: str, dry_run: bool = False) -> list[str]:
+    """Submit what is pending or lost as an array; returns the jobs' ids, or lines that say what would be submitted.
+
+    Raises SweepError: submitit is not installed, or there is no Slurm here.
+    """
+    for run in runs:
+        pool.check_finished(run)
+    waiting = [run for run in runs if pool.state(run).status in ("pending", "lost")]
+    parameters = _parameters(slurm, cluster)
+    if dry_run:
+        settings = ", ".join(f"{name}={value}" for name, value in parameters.items())
+        return [f"{len(waiting)} runs to {cluster} with {settings}", *(f"{run.id}  {run.label}" for run in waiting)]
+    if not waiting:
+        return []
+    executor = _executor(pool, cluster)
+    executor.update_parameters(**parameters)
+    for run in waiting:
+        folder = pool.job_folder(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(run.config, folder / "config.yaml")
+        pool.write_job(run, status="pending", message="being submitted")
+    columns = zip(*(_arguments(run, pool) for run in waiting), strict=True)
+    jobs = executor.map_array(Training(), *columns)
+    for run, job in zip(waiting, jobs, strict=True):
+        # A task that has started by now has more to say.
+        if pool.read_job(run).get("status") == "pending":
+            pool.write_job(run, message=f"submitted as {job.job_id}")
+    return [job.job_id for job in jobs]
+
+
+def _arguments(run: Run, pool: Pool) -> tuple[str, ...]:
+    config = pool.job_folder(run) / "config.yaml"
+    return str(config.absolute()), run.part, json.dumps(run.point), str(pool.pool.absolute()), str(pool.out.absolute())
+
+
+def _executor(pool: Pool, cluster: str) -> Any:
+    try:
+        import submitit
+    except ImportError:
+        raise SweepError("submit needs the package submitit: pip install 'engram[slurm]'") from None
+    try:
+        return submitit.AutoExecutor(folder=pool.pool / "slurm", cluster=cluster)
+    except RuntimeError as error:
+        raise SweepError(f"--cluster {cluster}: {error}; `run` trains on this machine") from None
+
+
+def _parameters(slurm: SlurmConfig, cluster: str) -> dict[str, Any]:
+    """In submitit's words, what is not set left out."""
+    common = {
+        "name": "engram-sweep",
+        "timeout_min": slurm.time_minutes,
+        "cpus_per_task": slurm.cpus_per_task,
+        "gpus_per_node": slurm.gpus_per_node,
+        "mem_gb": slurm.mem_gb,
+    }
+    own = {
+        "slurm_partition": slurm.partition,
+        "slurm_account": slurm.account,
+        "slurm_array_parallelism": slurm.array_parallelism,
+        "slurm_setup": list(slurm.setup) or None,
+        "slurm_additional_parameters": slurm.additional or None,
+    }
+    found = common | (own if cluster == "slurm" else {})
+    return {name: value for name, value in found.items() if value is not None}

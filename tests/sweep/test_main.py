@@ -1,0 +1,116 @@
+"""The command line, from a sweep's file to its page, with real trainings."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engram.sweep.__main__ import main
+from tests.sweep.build import write_sweep
+from tests.training.conftest import config_tree
+
+ROOT = Path(__file__).parents[2]
+
+
+def sweep_file(folder: Path, **settings: Any) -> Path:
+    """A sweep of tiny models on a tiny corpus."""
+    with (folder / "documents.jsonl").open("w") as corpus:
+        for number in range(150):
+            text = " ".join(f"w{number * place % 37}" for place in range(1, 40))
+            corpus.write(json.dumps({"text": text}) + "\n")
+    base = config_tree(folder / "data", folder / "documents.jsonl", folder / "none")
+    base["model"]["moe"] |= {"num_experts": 12}
+    base["model"]["memory"] |= {"num_heads": 2, "head_dim": 4}
+    base["model"]["vocab_size"] = 300
+    base["train"] |= {"steps": 3, "eval_every": 1, "threads": None}
+    return write_sweep(folder, base=base, **settings)
+
+
+def test_from_file_to_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    # Widths this small move by too much to be cut to measure.
+    grid = dict(derive="allocation", compensate=False, axes={"rho": [1, 0.5]}, seeds=[0, 1])
+    path = sweep_file(tmp_path, **grid)
+    assert main(["plan", str(path), "--ids"]) == 0
+    planned = capsys.readouterr().out
+    assert "4 runs, 0 done, 4 to go" in planned and "assumed" in planned
+    assert not (tmp_path / "pool").exists() and not (tmp_path / "out").exists()
+    # The corpus is prepared by one process, so that two trainings do not do it at once.
+    prepare = [sys.executable, "-m", "engram.data", "prepare", str(tmp_path / "base.yaml")]
+    subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True)
+    assert main(["run", str(path), "--jobs", "2"]) == 0
+    assert "[4/4]" in capsys.readouterr().err
+    assert main(["status", str(path), "--json"]) == 0
+    states = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [state["status"] for state in states] == ["done"] * 4 and all(state["val_loss"] > 0 for state in states)
+    assert main(["collect", str(path), "--require-all"]) == 0
+    assert main(["fit", str(path)]) == 0
+    assert main(["report", str(path)]) == 0
+    out = tmp_path / "out"
+    assert (out / "runs.csv").exists() and (out / "fits.json").exists() and (out / "report.html").exists()
+    assert sorted(folder.name for folder in (out / "runs").iterdir()) == sorted({state["id"] for state in states})
+    # Collected once, the study stands without its run folders, and nothing of it is trained again.
+    (tmp_path / "pool").rename(tmp_path / "gone")
+    capsys.readouterr()
+    assert main(["run", str(path)]) == 0 and "nothing to do" in capsys.readouterr().err
+    before = (out / "runs.csv").read_bytes()
+    assert main(["collect", str(path), "--require-all"]) == 0 and (out / "runs.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        (["plan"], dict(axes={"rhoo": [1]}), "did you mean 'rho'?"),
+        (["plan"], dict(derive="allocation", axes={"rho": [2]}), "rho is 2: feasible are ratios from"),
+        (["run", "--part", "x"], {}, "has no part 'x'"),
+        (["collect", "--require-all"], {}, "1 runs are missing"),
+    ],
+)
+def test_mistakes_end_with_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], settings: dict[str, Any], message: str
+) -> None:
+    path = write_sweep(tmp_path, **settings)
+    assert main([arguments[0], str(path), *arguments[1:]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "x.yaml", "--jobs", "0"], ["run", "x.yaml", "--jobs", "two"], ["walk"], []]
+)
+def test_wrong_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_retry_with_nothing_to_retry(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["retry", str(write_sweep(tmp_path)), "--failed"]) == 0
+    assert "nothing to retry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["submit"]])
+def test_help_is_quick_and_helps(command: list[str]) -> None:
+    script = "import sys; from engram.sweep.__main__ import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "usage: python -m engram.sweep" in done.stdout
+    assert not {"torch", "numpy", "scipy", "matplotlib", "pyarrow"} & set(done.stdout.split())
+
+
+def test_shipped_sweeps_can_be_planned(capsys: pytest.CaptureFixture) -> None:
+    for path in sorted((ROOT / "configs/sweep").glob("*.yaml")):
+        assert main(["plan", str(path)]) == 0, path
+        header = path.read_text().split("\n\n")[0].lower()
+        assert f"configs/sweep/{path.name}" in header and "cost:" in header
+        assert yaml.safe_load(path.read_text())
+        assert f"`{path.name}`" in (ROOT / "configs/sweep/README.md").read_text()

@@ -1,0 +1,86 @@
+"""The table of all runs, and what it costs to draw it."""
+
+import io
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from engram.sweep import status
+from engram.sweep.grid import Run, expand
+from engram.sweep.pool import Pool
+from tests.sweep.build import make_sweep
+
+
+def build(folder: Path, seeds: int) -> tuple[list[Run], Pool]:
+    sweep = make_sweep(folder, seeds=list(range(seeds)))
+    return expand(sweep), Pool(sweep.pool, sweep.out)
+
+
+def finish(pool: Pool, run: Run) -> None:
+    folder = pool.run_folder(run)
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": 3.0, "tokens_per_second": 640.0}) for step in range(1, 11)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "done.json").write_text('{"step": 10, "val_loss": 3.25}')
+
+
+def start(pool: Pool, run: Run, step: int) -> None:
+    pool.run_folder(run).mkdir(parents=True)
+    line = json.dumps({"step": step, "loss": 4.5, "tokens_per_second": 64.0})
+    (pool.run_folder(run) / "metrics.jsonl").write_text(line + "\n")
+    pool.write_job(run, status="running", host="elsewhere", heartbeat=time.time())
+
+
+def test_every_state_is_shown_and_counted(tmp_path: Path) -> None:
+    runs, pool = build(tmp_path, 5)
+    finish(pool, runs[0])
+    start(pool, runs[1], step=4)
+    pool.write_job(runs[2], status="failed", message="exit status 2: error: disk full")
+    pool.write_job(runs[3], status="running", host="elsewhere", heartbeat=0)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(status.table(runs, pool))
+    lines = console.export_text().splitlines()[1:]
+    for line, words in zip(
+        lines,
+        [
+            ("done", "10/10", "3.2500"),
+            ("running", "4/10", "4.5000", "0:00:06"),
+            ("failed", "disk full"),
+            ("lost", "its worker is gone"),
+            ("pending", "0/10"),
+        ],
+        strict=True,
+    ):
+        assert all(word in line for word in words), line
+    # 6 steps of one run, 10 of a lost and 10 of a pending one: 26 steps of 64 tokens at 64 tokens a second.
+    text = status.summary(runs, pool)
+    assert text == "5 runs: 1 done, 1 running, 1 failed, 1 lost, 1 pending; about 0:00:26 left"
+
+
+def test_json_has_a_line_for_each_run(tmp_path: Path) -> None:
+    runs, pool = build(tmp_path, 2)
+    finish(pool, runs[0])
+    first, second = status.as_json(runs, pool)
+    assert json.loads(json.dumps(first))["val_loss"] == 3.25
+    assert (first["id"], first["status"], second["status"], second["seed"]) == (runs[0].id, "done", "pending", 1)
+
+
+def test_watching_ends_with_the_last_run(tmp_path: Path) -> None:
+    runs, pool = build(tmp_path, 2)
+    for run in runs:
+        finish(pool, run)
+    console = Console(width=120, record=True, file=io.StringIO())
+    status.watch(runs, pool, console)
+    assert "2 runs: 2 done" in console.export_text()
+
+
+def test_a_thousand_runs_are_read_in_two_seconds(tmp_path: Path) -> None:
+    runs, pool = build(tmp_path, 1000)
+    for index, run in enumerate(runs):
+        (finish if index % 2 else lambda pool, run: start(pool, run, step=3))(pool, run)
+    begin = time.process_time()
+    status.table(runs, pool)
+    status.summary(runs, pool)
+    assert time.process_time() - begin < 2
