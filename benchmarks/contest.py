@@ -4,12 +4,13 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from benchmarks.targets import Target
+from engram.kernels.choose import watched_choices
 
 # Uncounted first rounds: they compile, allocate and fill caches.
 WARMUP = 2
@@ -61,30 +62,59 @@ class WrongResult(AssertionError):
     """A contender that does other work than the reference."""
 
 
-def check(contest: Contest) -> tuple[dict[str, float], dict[str, str]]:
-    """The largest error of each contender's first step, and the reasons of those that fail or are wrong."""
-    errors: dict[str, float] = {}
-    failed: dict[str, str] = {}
+@dataclass(frozen=True)
+class Checked:
+    """By contender: the largest error of its first step, why it failed or is wrong, what each of our operations ran."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    implementations: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def check(contest: Contest) -> Checked:
+    """The first step of each contender."""
+    checked = Checked()
+    failed = checked.failed
     with reported(failed, REFERENCE):
         expected = contest.reference()
     if failed:
         # What cannot be checked is not timed.
-        return errors, failed | {contender.name: "the reference failed" for contender in contest.contenders}
+        failed.update({contender.name: "the reference failed" for contender in contest.contenders})
+        return checked
     for contender in contest.contenders:
         with reported(failed, contender.name):
-            _check_first_step(contender, expected, errors)
-    return errors, failed
+            _check_first_step(contender, expected, checked)
+    return checked
 
 
-def _check_first_step(contender: Contender, expected: Sequence[Tensor], errors: dict[str, float]) -> None:
+def _check_first_step(contender: Contender, expected: Sequence[Tensor], checked: Checked) -> None:
     run = contender.build()
     run.prepare()
     results = run.step()
-    if contender.tolerance is None:
-        return
+    if contender.tolerance is not None:
+        _compare(contender, results, expected, checked)
+
+    def again() -> None:
+        run.prepare()
+        run.step()
+
+    if implementations := implementations_of(again):
+        checked.implementations[contender.name] = implementations
+
+
+def implementations_of(step: Callable[[], object]) -> dict[str, str]:
+    """Which implementation runs for each of our operations in a step, which is taken: none for peers."""
+    # Compiled code chooses when it is traced, perhaps in the step of another contender.
+    with torch.compiler.set_stance("force_eager"), watched_choices() as choices:
+        step()
+    return choices
+
+
+def _compare(contender: Contender, results: Sequence[Tensor], expected: Sequence[Tensor], checked: Checked) -> None:
+    assert contender.tolerance is not None
     if len(results) != len(expected):
         raise WrongResult(f"{len(results)} results, expected {len(expected)}")
-    error = errors[contender.name] = max(map(largest_error, results, expected))
+    error = checked.errors[contender.name] = max(map(largest_error, results, expected))
     if not error <= contender.tolerance:
         raise WrongResult(f"off by {error:.3g}, allowed {contender.tolerance:g}")
 

@@ -2,19 +2,22 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contest import Contest
+from benchmarks.contest import Checked, Contest
 from benchmarks.targets import Target
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`seconds` of every step, the largest `errors` of the check, and why the `failed` have no seconds."""
+    """`seconds` of every step, the largest `errors` of the check, and why the `failed` have no seconds.
+
+    `implementations`: what ran for each of our operations that a contender calls, by the operation's name.
+    """
 
     op: str
     title: str
@@ -23,13 +26,13 @@ class Outcome:
     seconds: dict[str, list[float]]
     errors: dict[str, float]
     failed: dict[str, str]
+    implementations: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, contest: Contest, seconds: dict[str, list[float]], errors: dict[str, float], failed: dict[str, str]
-    ) -> "Outcome":
+    def of(cls, contest: Contest, seconds: dict[str, list[float]], checked: Checked) -> "Outcome":
         ideal_bytes = {each.name: each.ideal_bytes for each in contest.contenders if each.ideal_bytes is not None}
-        return cls(contest.op, contest.title, contest.targets, ideal_bytes, seconds, errors, failed)
+        found = (checked.errors, checked.failed, checked.implementations)
+        return cls(contest.op, contest.title, contest.targets, ideal_bytes, seconds, *found)
 
     @property
     def medians(self) -> dict[str, float]:
@@ -53,6 +56,9 @@ class Outcome:
                 "max_ms": round(1e3 * max(times), 4),
                 "repeats": len(times),
             }
+            # Peers have none, and measurements from before this was recorded.
+            if name in self.implementations:
+                row["implementations"] = self.implementations[name]
             if name in self.ideal_bytes:
                 row["ideal_gigabytes_per_second"] = round(self.ideal_bytes[name] / statistics.median(times) / 1e9, 2)
             if name in self.errors:
@@ -70,15 +76,17 @@ class Outcome:
 def print_outcome(outcome: Outcome, console: Console) -> None:
     console.print(f"\n{outcome.title}", style="bold", markup=False, soft_wrap=True)
     table = Table()
-    columns = ("contender", "ms, median (min to max)", "ideal GB/s", "time against ours", "largest error")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "contender" else "right")
+    names = ("contender", "implementation")
+    numbers = ("ms, median (min to max)", "ideal GB/s", "time against ours", "largest error")
+    for column in (*names, *numbers):
+        table.add_column(column, justify="left" if column in names else "right")
     medians = outcome.medians
     best = min((median for name, median in medians.items() if name.startswith("ours")), default=None)
     for name, median in medians.items():
         times, moved, error = outcome.seconds[name], outcome.ideal_bytes.get(name), outcome.errors.get(name)
         table.add_row(
             name,
+            short_implementation(outcome.implementations.get(name, {})),
             f"{1e3 * median:.3g} ({1e3 * min(times):.3g} to {1e3 * max(times):.3g})",
             "-" if moved is None else f"{moved / median / 1e9:.1f}",
             "-" if best is None else f"{median / best:.2f}",
@@ -87,6 +95,11 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     console.print(table)
     for name, reason in outcome.failed.items():
         console.print(f"{name}: did not run: {reason}", style="yellow", markup=False)
+
+
+def short_implementation(implementations: dict[str, str]) -> str:
+    """Which implementations ran, whatever for: "native"; a dash for peers."""
+    return ", ".join(sorted(set(implementations.values()))) or "-"
 
 
 def print_verdicts(outcomes: Sequence[Outcome], console: Console) -> None:

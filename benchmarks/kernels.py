@@ -55,9 +55,9 @@ def run_contests(
     with console.status("measuring") as status:
         for contest in each_contest(names, sizes, device):
             status.update(f"measuring {contest.title}")
-            errors, failed = checks[contest.title]
-            seconds = measure(contest, failed, timer, repeats=repeats, limit=limit)
-            outcomes.append(Outcome.of(contest, seconds, errors, failed))
+            checked = checks[contest.title]
+            seconds = measure(contest, checked.failed, timer, repeats=repeats, limit=limit)
+            outcomes.append(Outcome.of(contest, seconds, checked))
             print_outcome(outcomes[-1], console)
     return outcomes
 

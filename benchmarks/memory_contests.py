@@ -23,7 +23,7 @@ from benchmarks.targets import Bandwidth, Speedup, Target
 from engram.kernels.engram_lookup import engram_lookup, gather_rows
 from engram.kernels.ngram_hash import ngram_hash
 from engram.kernels.ngram_hash.reference import ngram_hash_ref
-from engram.kernels.table_update import plan_rows, row_adam_, rowwise_adagrad_
+from engram.kernels.table_update import RowPlan, plan_rows, row_adam_, rowwise_adagrad_, sum_rows
 from engram.memory.hashing import NgramHash
 
 LAYER = 1
@@ -34,7 +34,9 @@ VOCABULARY = 99_092
 LR, EPS = 0.5, 1e-8
 COPY = "copy_"
 # Peers sort inside their update; ids are known before, so that a loader can build the plan.
-OURS = ("ours, plan inside", "ours, plan ahead")
+OURS = INSIDE, AHEAD = ("ours, plan inside", "ours, plan ahead")
+# Plan, sums and update one after the other, as in training, which clips by the norm of the sums.
+APART = "ours, sums apart"
 
 
 def hashes(sizes: Sizes, device: str) -> Iterator[Contest]:
@@ -171,10 +173,14 @@ def table_updates(sizes: Sizes, device: str) -> Iterator[Contest]:
         root_R1 = gradient_RD.square().mean(1, keepdim=True).sqrt()
         return [table_RD - LR * gradient_RD / (root_R1 + EPS)]
 
-    def adam_run(planned: bool) -> Run:
+    def summed_rows(way: str, plan: RowPlan | None) -> tuple[Tensor, RowPlan]:
+        plan = plan or plan_rows(ids_U)
+        return (sum_rows(gradient_UD, plan), RowPlan.of_sums(plan.rows)) if way == APART else (gradient_UD, plan)
+
+    def adam_run(way: str) -> Run:
         table, first, second = table_RD.clone(), torch.zeros_like(table_RD), torch.zeros_like(table_RD)
         row_step = torch.zeros(len(table), dtype=torch.int32, device=device)
-        plan = plan_rows(ids_U) if planned else None
+        plan = plan_rows(ids_U) if way == AHEAD else None
 
         def step() -> list[Tensor]:
             row_adam_(
@@ -182,8 +188,7 @@ def table_updates(sizes: Sizes, device: str) -> Iterator[Contest]:
                 first,
                 second,
                 row_step,
-                gradient_UD,
-                plan or plan_rows(ids_U),
+                *summed_rows(way, plan),
                 lr=LR,
                 betas=(0.9, 0.999),
                 eps=EPS,
@@ -194,14 +199,12 @@ def table_updates(sizes: Sizes, device: str) -> Iterator[Contest]:
 
         return Run(step)
 
-    def adagrad_run(planned: bool) -> Run:
+    def adagrad_run(way: str) -> Run:
         table, square_sum = table_RD.clone(), torch.zeros(len(table_RD), device=device)
-        plan = plan_rows(ids_U) if planned else None
+        plan = plan_rows(ids_U) if way == AHEAD else None
 
         def step() -> list[Tensor]:
-            rowwise_adagrad_(
-                table, square_sum, gradient_UD, plan or plan_rows(ids_U), lr=LR, eps=EPS, weight_decay=0.0, seed=0
-            )
+            rowwise_adagrad_(table, square_sum, *summed_rows(way, plan), lr=LR, eps=EPS, weight_decay=0.0, seed=0)
             return [table]
 
         return Run(step)
@@ -219,12 +222,11 @@ def table_updates(sizes: Sizes, device: str) -> Iterator[Contest]:
             copy_contender(device, sizes),
             Contender("SparseAdam", lambda: sparse_adam(*inputs, lr=LR, eps=EPS), 1e-5, adam_bytes),
             Contender("dense AdamW, fused", lambda: dense_adam(*inputs, lr=LR, eps=EPS), 1e-5, adam_bytes),
-            Contender(OURS[0], lambda: adam_run(False), 1e-5, adam_bytes),
-            Contender(OURS[1], lambda: adam_run(True), 1e-5, adam_bytes),
+            *(Contender(way, lambda way=way: adam_run(way), 1e-5, adam_bytes) for way in (*OURS, APART)),
         ],
         [Speedup(ours, ["SparseAdam"], 4) for ours in OURS]
         if device == "cpu"
-        else on_gpu(device, Bandwidth(OURS[1], COPY, 0.6)),
+        else on_gpu(device, Bandwidth(AHEAD, COPY, 0.6)),
     )
     fbgemm = Contender(
         "FBGEMM, its forward untimed", lambda: fbgemm_rowwise_adagrad(*inputs, lr=LR, eps=EPS), 1e-5, adagrad_bytes
@@ -236,12 +238,11 @@ def table_updates(sizes: Sizes, device: str) -> Iterator[Contest]:
         [
             copy_contender(device, sizes),
             *([fbgemm] if device == "cpu" else []),
-            Contender(OURS[0], lambda: adagrad_run(False), 1e-5, adagrad_bytes),
-            Contender(OURS[1], lambda: adagrad_run(True), 1e-5, adagrad_bytes),
+            *(Contender(way, lambda way=way: adagrad_run(way), 1e-5, adagrad_bytes) for way in (*OURS, APART)),
         ],
         [Speedup(ours, [fbgemm.name], 4) for ours in OURS]
         if device == "cpu"
-        else on_gpu(device, Bandwidth(OURS[1], COPY, 0.6)),
+        else on_gpu(device, Bandwidth(AHEAD, COPY, 0.6)),
     )
 
 

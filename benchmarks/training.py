@@ -8,6 +8,7 @@ Medians and ratios are what to read: absolute times follow the machine's mood.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.contest import implementations_of
+from benchmarks.kernel_report import short_implementation
 from benchmarks.machine import FEWEST_REPEATS, at_least, describe_machine, save_results
 from benchmarks.peers import EXPERT_IMPLEMENTATIONS, MasterAdamW, deepseek_v3, peer_loss
 from engram.config import Config, ModelConfig, load_config
@@ -134,15 +137,27 @@ def main() -> None:
 
     seconds = measure(contenders, moe, arguments.steps, arguments.warmup, device)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    report(seconds, medians, moe.tokens_per_step, describe_machine(device))
+    # After what is measured: it is a step of its own.
+    tokens = torch.zeros(moe.train.batch_size, moe.data.sequence_length, dtype=torch.int64, device=device)
+    ours = [name for name in seconds if name.startswith("ours")]
+    implementations = {name: implementations_of(functools.partial(contenders[name], tokens, tokens)) for name in ours}
+    report(seconds, medians, implementations, moe.tokens_per_step, describe_machine(device))
 
 
-def report(seconds: dict[str, list[float]], medians: dict[str, float], tokens: int, machine: dict[str, object]) -> None:
+def report(
+    seconds: dict[str, list[float]],
+    medians: dict[str, float],
+    implementations: dict[str, dict[str, str]],
+    tokens: int,
+    machine: dict[str, object],
+) -> None:
     peers = [name for name in medians if name.startswith("transformers")]
     best_peer = min(peers, key=medians.__getitem__) if peers else None
     rows, table = [], Table(title=f"training, {machine['machine']}, {machine['threads']} threads")
-    for column in ("contender", "ms per step (min to max)", "tokens/s", "speed against the best peer"):
-        table.add_column(column, justify="left" if column == "contender" else "right")
+    for column in ("contender", "kernels"):
+        table.add_column(column)
+    for column in ("ms per step (min to max)", "tokens/s", "speed against the best peer"):
+        table.add_column(column, justify="right")
     for name, times in seconds.items():
         ratio = medians[best_peer] / medians[name] if best_peer else None
         rows.append(
@@ -154,10 +169,13 @@ def report(seconds: dict[str, list[float]], medians: dict[str, float], tokens: i
                 "tokens_per_second": round(tokens / medians[name]),
                 "speed_against_best_peer": ratio and round(ratio, 3),
                 "steps": len(times),
+                # Peers have none.
+                **({"implementations": implementations[name]} if name in implementations else {}),
             }
         )
         span = f"{1e3 * medians[name]:.0f} ({1e3 * min(times):.0f} to {1e3 * max(times):.0f})"
-        table.add_row(name, span, f"{tokens / medians[name]:,.0f}", f"{ratio:.2f}" if ratio else "-")
+        speed = f"{tokens / medians[name]:,.0f}", f"{ratio:.2f}" if ratio else "-"
+        table.add_row(name, short_implementation(implementations.get(name, {})), span, *speed)
     console = Console()
     console.print(table)
     pairs = zip(seconds["ours, mHC + Engram"], seconds["ours, mHC"], strict=True)

@@ -16,17 +16,25 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from engram.kernels.choose import MachineObstacle
+
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 HEADERS = Path(__file__).parent
+# Uses what every source does: a compiler that fails on this one fails on all.
+PROBE = {".cpp": "#include <omp.h>\n#include <vector>\nint main() { return 0; }\n", ".c": "int main() { return 0; }\n"}
 
 
 class NativeUnavailable(RuntimeError):
     """A native implementation was asked for and cannot be had; the message says why."""
 
 
+class NothingNative(NativeUnavailable):
+    """The machine builds no source at all."""
+
+
 @functools.cache
 def load_library(source: Path) -> ctypes.CDLL:
-    """The shared library of one C or C++ file. Raises NativeUnavailable: no compiler, or it failed."""
+    """The shared library of one C or C++ file. Raises NativeUnavailable: it cannot be built or loaded."""
     command = (*_compiler(source), *FLAGS, *(_cpp_flags() if source.suffix == ".cpp" else ()))
     headers = (header.read_text() for header in sorted(HEADERS.glob("*.hpp")))
     recipe = (source.read_text(), *headers, *command, platform.machine(), _processor())
@@ -42,9 +50,11 @@ def load_library(source: Path) -> ctypes.CDLL:
 
 @functools.cache
 def native_obstacle(source: Path) -> str | None:
-    """Why `load_library` fails here; None where it works."""
+    """Why `load_library` fails here, a MachineObstacle where it would for any source; None where it works."""
     try:
         load_library(source)
+    except NothingNative as error:
+        return MachineObstacle(str(error))
     except NativeUnavailable as error:
         return str(error)
     return None
@@ -60,21 +70,26 @@ def products_obstacle(source: Path) -> str | None:
     return None
 
 
+def _variable(source: Path) -> str:
+    return "CXX" if source.suffix == ".cpp" else "CC"
+
+
 def _compiler(source: Path) -> list[str]:
-    variable, names = ("CXX", ("c++", "g++", "clang++")) if source.suffix == ".cpp" else ("CC", ("cc", "gcc", "clang"))
+    variable = _variable(source)
+    names = ("c++", "g++", "clang++") if source.suffix == ".cpp" else ("cc", "gcc", "clang")
     if chosen := os.environ.get(variable):
         try:
             command = shlex.split(chosen)
         except ValueError as error:
-            raise NativeUnavailable(f"{variable} is {chosen!r}, which is no command: {error}") from error
+            raise NothingNative(f"{variable} is {chosen!r}, which is no command: {error}") from error
         if shutil.which(command[0]) is None:
-            raise NativeUnavailable(f"{variable} names {command[0]}, which does not exist")
+            raise NothingNative(f"{variable} names {command[0]}, which does not exist")
         return command
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
-        raise NativeUnavailable(
-            f"{source.parent.name}/{source.name} needs a compiler, and none of {', '.join(names)} was found: install "
-            f"one, or name it in {variable}"
+        raise NothingNative(
+            f"native kernels need a compiler, and none of {', '.join(names)} was found: install one, or name it in "
+            f"{variable}"
         )
     return [found]
 
@@ -94,21 +109,39 @@ def _build(command: tuple[str, ...], source: Path, library: Path) -> None:
         library.parent.mkdir(parents=True, exist_ok=True)
         # Built aside and renamed: processes that start together never load half a file.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / library.name
-            # The source stands before the libraries that it needs.
-            full = [command[0], str(source), *command[1:], "-o", str(built), "-lm"]
-            done = subprocess.run(full, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = done.stderr.strip()[-1000:] or "and said nothing"
-                raise NativeUnavailable(
-                    f"{command[0]} failed on {source.parent.name}/{source.name} with status {done.returncode}: {said}"
+            if failure := _failure_of_compiler(command, source.suffix, library.parent):
+                raise NothingNative(
+                    f"{command[0]} does not work (name another compiler in {_variable(source)}): on an empty program "
+                    f"it {failure}"
                 )
+            built = Path(folder) / library.name
+            if failure := _compile(command, source, built):
+                raise NativeUnavailable(f"{command[0]} failed on {source.parent.name}/{source.name}: it {failure}")
             built.rename(library)
     except OSError as error:
-        raise NativeUnavailable(
-            f"{source.parent.name}/{source.name} cannot be built in {library.parent}: {error}; XDG_CACHE_HOME names "
-            "another cache folder"
+        raise NothingNative(
+            f"native kernels cannot be built in {library.parent}: {error}; XDG_CACHE_HOME names another cache folder"
         ) from error
+
+
+# Asked before the first source is built: to fail on each of them in turn can take minutes.
+@functools.cache
+def _failure_of_compiler(command: tuple[str, ...], suffix: str, folder: Path) -> str | None:
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        source = Path(inside) / f"probe{suffix}"
+        source.write_text(PROBE[suffix])
+        return _compile(command, source, source.with_suffix(".so"))
+
+
+def _compile(command: tuple[str, ...], source: Path, built: Path) -> str | None:
+    """Builds a library; where that fails, says what the compiler did instead."""
+    # The source stands before the libraries that it needs.
+    full = [command[0], str(source), *command[1:], "-o", str(built), "-lm"]
+    done = subprocess.run(full, capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return None
+    said = done.stderr.strip()[-1000:]
+    return f"ended with status {done.returncode}: {said}" if said else f"ended with status {done.returncode} in silence"
 
 
 def _cache_folder() -> Path:

@@ -73,8 +73,12 @@ def _drop_dead(ids: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def _neutralise_dead(ids: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dead ids join a row that was read anyway, with a gradient of zero (row 0, if nothing was read at all)."""
-    dead = ids < 0
+    """Dead ids join a row that was read anyway, with a gradient of zero; they stay negative if nothing was read at all.
+
+    No row may stand for them then: row Adam would move it by the moments of earlier steps. Sums by row leave negative
+    ids out (engram.optim.sparse).
+    """
     if not len(ids):
         return ids, grad
-    return torch.where(dead, ids.amax().clamp(min=0), ids), grad.masked_fill(dead[:, None], 0)
+    dead = ids < 0
+    return torch.where(dead, ids.amax(), ids), grad.masked_fill(dead[:, None], 0)

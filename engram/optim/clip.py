@@ -14,8 +14,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """Scale all gradients by min(1, max_norm / norm) and return the global norm before scaling (0-d float32).
 
     The norm of a sparse gradient is that of the dense one it stands for: rows that were read several times are summed
-    first, and the coalesced gradient stays on `.grad`. `max_norm=None` only measures. A non-finite norm is returned and
-    leaves the gradients unscaled, so that the caller decides.
+    first, and the coalesced gradient stays on `.grad`, for the update to use as it is. `max_norm=None` only measures. A
+    non-finite norm is returned and leaves the gradients unscaled, so that the caller decides.
     """
     gradients: list[Tensor] = []
     for parameter in parameters:

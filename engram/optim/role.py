@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engram.optim.groups import Assignment
+from engram.optim.sparse import coalesce
 
 
 class Role(ABC):
@@ -50,11 +51,13 @@ class TableRole(Role):
             if gradient is None:
                 continue
             assert gradient.is_sparse, f"{assignment.name}: {type(self).__name__} needs a sparse gradient"
+            # Clipping has done so already.
+            gradient = coalesce(gradient)
             self.update(assignment, gradient, lr * assignment.lr_multiplier, self._next_seed(assignment))
 
     @abstractmethod
     def update(self, assignment: Assignment, gradient: Tensor, lr: float, seed: int) -> None:
-        """Move one table; `seed` is of the rounding."""
+        """Move one table by a coalesced gradient; `seed` is of the rounding."""
 
     def _next_seed(self, assignment: Assignment) -> int:
         key = f"{assignment.name}/step"

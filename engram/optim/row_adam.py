@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engram.kernels.table_update import row_adam_
+from engram.kernels.table_update import RowPlan, row_adam_
 from engram.optim.groups import Assignment
 from engram.optim.role import TableRole
-from engram.optim.sparse import plan_gradient
 
 
 class RowAdam(TableRole):
@@ -37,7 +36,7 @@ class RowAdam(TableRole):
             self.tensors[f"{assignment.name}/second_moment"],
             self.tensors[f"{assignment.name}/row_step"],
             gradient._values().contiguous(),
-            plan_gradient(gradient),
+            RowPlan.of_sums(gradient._indices()[0]),
             lr=lr,
             betas=self.betas,
             eps=self.eps,

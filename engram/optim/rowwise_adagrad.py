@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engram.kernels.table_update import rowwise_adagrad_
+from engram.kernels.table_update import RowPlan, rowwise_adagrad_
 from engram.optim.groups import Assignment
 from engram.optim.role import TableRole
-from engram.optim.sparse import plan_gradient
 
 
 class RowwiseAdagrad(TableRole):
@@ -29,7 +28,7 @@ class RowwiseAdagrad(TableRole):
             assignment.parameter,
             self.tensors[f"{assignment.name}/square_sum"],
             gradient._values().contiguous(),
-            plan_gradient(gradient),
+            RowPlan.of_sums(gradient._indices()[0]),
             lr=lr,
             eps=self.eps,
             weight_decay=assignment.weight_decay,

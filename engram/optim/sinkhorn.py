@@ -9,7 +9,6 @@ from engram.config import TableOptimConfig
 from engram.kernels.sinkhorn_momentum import sinkhorn_momentum_
 from engram.optim.groups import Assignment
 from engram.optim.role import TableRole
-from engram.optim.sparse import coalesce
 
 
 class SinkhornMomentum(TableRole):
@@ -27,7 +26,7 @@ class SinkhornMomentum(TableRole):
             self.tensors[f"{each.name}/momentum"] = torch.zeros_like(each.parameter, dtype=torch.float32)
 
     def update(self, assignment: Assignment, gradient: Tensor, lr: float, seed: int) -> None:
-        settings, gradient = self.settings, coalesce(gradient)
+        settings = self.settings
         sinkhorn_momentum_(
             assignment.parameter,
             self.tensors[f"{assignment.name}/momentum"],

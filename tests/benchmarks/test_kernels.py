@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from benchmarks.contest import Contender, Contest, Run, check, cpu_timer, largest_error, measure
 from benchmarks.kernel_inputs import CPU, Sizes, tiled_rows, zipf_ids
-from benchmarks.kernel_report import Outcome, print_outcome, print_verdicts
+from benchmarks.kernel_report import Outcome, print_outcome, print_verdicts, short_implementation
 from benchmarks.kernels import CONTESTS, run_contests
 from benchmarks.passes import BACKWARD, BOTH, FORWARD
 from benchmarks.targets import Bandwidth, Overhead, Speedup, Target
+from engram.kernels.engram_lookup import gather_rows
 
 TINY = dataclasses.replace(
     CPU,
@@ -37,6 +39,11 @@ TINY = dataclasses.replace(
     copy_bytes=2**10,
     passes=(FORWARD, BACKWARD, BOTH),
 )
+# What runs for our operations on CPU, where it is not native; on processors without AVX-512, torch's own.
+RUNS = {"head_loss": {"reference"}, "experts": {"native", "grouped"}, "attention": {"native", "torch"}}
+RUNS["block"] = RUNS["experts"] | RUNS["attention"]
+OURS = re.compile("ours|hash, then index_select|with(out)? memory")
+RESULT = torch.tensor([1.0, 2.0])
 # Installed for the benchmark alone.
 OPTIONAL = {"numba, %", "FBGEMM, its forward untimed"}
 
@@ -54,8 +61,14 @@ def test_every_contender_is_right_and_measured(op: str) -> None:
         for name, reason in outcome.failed.items():
             assert name in OPTIONAL and reason.startswith("ModuleNotFoundError"), f"{name}: {reason}"
         assert all(len(times) == 1 and times[0] > 0 for times in outcome.seconds.values())
+        assert set(outcome.implementations) == {name for name in outcome.seconds if OURS.match(name)}
         for row in outcome.rows():
             json.dumps(row)
+            if OURS.match(row.get("contender", "")):
+                assert set(row["implementations"].values()) <= RUNS.get(op, {"native"}), row
+                assert short_implementation(row["implementations"]) in text.getvalue()
+            else:
+                assert "implementations" not in row
         # An absent contender of ours would leave a target unmeasured.
         for target, measured, _ in outcome.verdicts():
             assert measured is not None or OPTIONAL & outcome.failed.keys(), target.claim
@@ -87,9 +100,10 @@ def test_a_contender_that_fails_later_leaves_no_times() -> None:
 
 def test_without_a_reference_nobody_is_timed() -> None:
     contest = Contest("op", "title", _raises(MemoryError("too large")), [Contender("ours", _raises(ValueError()), 0)])
-    errors, failed = check(contest)
-    assert failed == {"reference": "MemoryError: too large", "ours": "the reference failed"} and not errors
-    assert measure(contest, failed, cpu_timer, repeats=1, limit=60) == {}
+    checked = check(contest)
+    assert checked.failed == {"reference": "MemoryError: too large", "ours": "the reference failed"}
+    assert not checked.errors
+    assert measure(contest, checked.failed, cpu_timer, repeats=1, limit=60) == {}
 
 
 def test_inputs_that_do_not_fit_are_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +140,25 @@ def test_contenders_take_turns_and_preparation_is_not_timed() -> None:
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
     # Out of time at once: three rounds are counted all the same.
     assert len(measure(contest, {}, timer, repeats=9, limit=0)["a"]) == 3
+
+
+def test_the_implementation_that_was_measured_is_named() -> None:
+    """Also of compiled code that was traced for another contender; measurements may lack it."""
+    compiled = torch.compile(lambda: gather_rows(torch.ones(2, 16), torch.tensor([[1]])), backend="eager")
+
+    def build() -> Run:
+        return Run(lambda: [compiled().new_tensor([1.0, 2.0])])
+
+    outcome, text = _outcome({"ours, first": build, "ours, second": build, "peer": lambda: Run(lambda: [RESULT])})
+    expected = {"gather_rows": "native"}
+    assert outcome.implementations == {"ours, first": expected, "ours, second": expected}
+    rows = {row["contender"]: row for row in outcome.rows()}
+    assert rows["ours, second"]["implementations"] == expected and "implementations" not in rows["peer"]
+    assert re.search(r"ours, second +│ native +│", text) and re.search(r"peer +│ - +│", text)
+    text = io.StringIO()
+    print_outcome(dataclasses.replace(outcome, implementations={}), Console(file=text, width=200))
+    assert "native" not in text.getvalue() and "ours, second" in text.getvalue()
+    assert short_implementation({"a": "triton", "b": "reference", "c": "triton"}) == "reference, triton"
 
 
 @pytest.mark.parametrize(
@@ -177,13 +210,12 @@ def test_tiled_rows_fill_the_whole_table() -> None:
 
 def _outcome(others: dict[str, Callable[[], Run]], *targets: Target) -> tuple[Outcome, str]:
     """Of ours, which is right, beside others."""
-    result = torch.tensor([1.0, 2.0])
-    builds = {"ours": lambda: Run(lambda: [result]), **others}
+    builds = {"ours": lambda: Run(lambda: [RESULT]), **others}
     contenders = [Contender(name, build, 1e-6) for name, build in builds.items()]
-    contest = Contest("op", "title", lambda: [result], contenders, targets)
-    errors, failed = check(contest)
-    seconds = measure(contest, failed, cpu_timer, repeats=2, limit=60)
-    outcome, text = Outcome.of(contest, seconds, errors, failed), io.StringIO()
+    contest = Contest("op", "title", lambda: [RESULT], contenders, targets)
+    checked = check(contest)
+    seconds = measure(contest, checked.failed, cpu_timer, repeats=2, limit=60)
+    outcome, text = Outcome.of(contest, seconds, checked), io.StringIO()
     console = Console(file=text, width=200)
     print_outcome(outcome, console)
     print_verdicts([outcome], console)

@@ -294,6 +294,9 @@ def test_bad_input_is_named() -> None:
         call(conv_weight=torch.randn(32, 1, 0))
     with pytest.raises(ValueError, match="dilation is 0"):
         call(dilation=0)
+    for impl in ("auto", "reference"):
+        with pytest.raises(TypeError, match="engram_gate_conv needs an integer for dilation, not 1.5"):
+            call(impl, dilation=1.5)
     with pytest.raises(ValueError, match=r"hidden must be floating point \[B, T, G, D\]"):
         call(hidden=sample.tensors["hidden"][0])
     with pytest.raises(ValueError, match="has no implementation 'cuda'"):
@@ -302,7 +305,9 @@ def test_bad_input_is_named() -> None:
 
 def test_what_an_implementation_cannot_do_is_said() -> None:
     narrow, wide = case((1, 3, 2, 24)), case((1, 3, 9, 16), taps=0)
-    with pytest.raises(ImplementationUnavailable, match="multiple of 16, not 24"):
+    with pytest.raises(
+        ImplementationUnavailable, match="streams are 24 wide, and it takes widths that are multiples of 16"
+    ):
         narrow.run("triton")
     with pytest.raises(ImplementationUnavailable, match="up to 8 streams and 8 taps, not 9 and 0"):
         wide.run("native")

@@ -237,6 +237,34 @@ def test_lookup_of_nothing(impl: Implementation) -> None:
     assert ids.shape == (2, 0, 4)
 
 
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+def test_lookup_beyond_the_map_and_beyond_the_table(impl: Implementation) -> None:
+    recipe, token_map = hash_recipe(3, 2), torch.arange(6)
+    rows, tokens = int(recipe[1].sum()), torch.tensor([[0, 5, -1], [3, 9, 4]])
+    table = torch.randn(rows, 16)
+
+    def look_up(tokens: Tensor, table: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = dict(pad_id=2, stop_at_pad=False, token_map=token_map, impl=impl)
+        return engram_lookup(tokens, None, *recipe, table, **options | changes)
+
+    with pytest.raises(IndexError, match=r"token id 9 at \[1, 1\] lies beyond the token map, whose ids are 0 to 5"):
+        look_up(tokens, table)
+    values, ids = look_up(tokens, table, checked=False)
+    assert (ids[1, 1] == -1).all() and not values[1, 1].any()
+    # A table that the recipe was not made for.
+    tokens = tokens.clamp(max=5)
+    values, ids = look_up(tokens, table)
+    last = int(ids.max())
+    place = ", ".join(map(str, (ids == last).nonzero()[0].tolist()))
+    with pytest.raises(IndexError, match=rf"row id {last} at \[{place}\] lies beyond the table, .* 0 to {last - 1}"):
+        look_up(tokens, table[:last])
+    shorter, same = look_up(tokens, table[:last], checked=False)
+    beyond = (ids == last)[..., None].expand(*ids.shape, 16).flatten(-2)
+    assert torch.equal(same, ids) and torch.equal(shorter, values.masked_fill(beyond, 0))
+    with pytest.raises(ValueError, match="pad_id is -1"):
+        look_up(tokens, table, pad_id=-1)
+
+
 @given(st.integers(-130, 125), st.integers(0, 2**31))
 def test_quantized_rows(power: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -295,8 +323,33 @@ def test_bad_input_is_named() -> None:
         gather_rows(table, ids, out=torch.empty(2, 95))
     with pytest.raises(ValueError, match="only pinned host memory may differ"):
         gather_rows(table.to("meta"), ids)
-    with pytest.raises(ImplementationUnavailable, match="rows are 40 wide: they must be a multiple of 16 up to 512"):
+    with pytest.raises(
+        ImplementationUnavailable, match="rows are 40 wide, and it takes widths that are multiples of 16 up to 512"
+    ):
         gather_rows(torch.randn(5, 40), ids, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", *FAST])
+def test_a_lookup_needs_the_offsets_of_its_heads(impl: Implementation) -> None:
+    multipliers, primes, _ = hash_recipe(3, 2)
+    inputs: tuple[Any, ...] = torch.zeros(2, 3, dtype=torch.int64), None, multipliers, primes, None, torch.randn(80, 16)
+    with pytest.raises(TypeError, match=r"offsets are None, but one table .* first row of each, int64 \[C\]"):
+        engram_lookup(*inputs, pad_id=2, stop_at_pad=False, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+def test_there_is_no_gradient(impl: Implementation) -> None:
+    tokens, recipe, table = torch.zeros(2, 3, dtype=torch.int64), hash_recipe(3, 2), torch.randn(80, 16)
+    table.requires_grad_()
+    rows, ids = engram_lookup(tokens, None, *recipe, table, pad_id=2, stop_at_pad=False, impl=impl)
+    for result in (rows, gather_rows(table, ids, impl=impl)):
+        with pytest.raises(RuntimeError, match=r"have no gradient: read .* through engram.memory.table.RowTable"):
+            result.sum().backward()
+    out = torch.empty_like(rows)
+    with pytest.raises(ValueError, match="out cannot carry a gradient to the table"):
+        gather_rows(table, ids, out=out, impl=impl)
+    with torch.no_grad():
+        assert torch.equal(gather_rows(table, ids, out=out, impl=impl), rows)
 
 
 def test_advice_is_harmless() -> None:
@@ -317,7 +370,7 @@ def test_operator_registration(impl: Implementation) -> None:
 
 def test_lookup_registration() -> None:
     tokens, recipe, table = torch.randint(0, 40, (2, 3)), hash_recipe(3, 2), torch.randn(80, 16)
-    arguments = (tokens, None, *recipe, None, table, None, FLOAT32, 2, False)
+    arguments = (tokens, None, *recipe, None, table, None, FLOAT32, 2, False, True)
     torch.library.opcheck(torch.ops.engram.engram_lookup.default, arguments)
 
 
@@ -351,6 +404,7 @@ def test_on_a_gpu(width: int, dtype: torch.dtype, out_dtype: torch.dtype, pinned
     assert there[0] is not None
     on_gpu = [tensor.cuda() for tensor in inputs]
     rows, ids = engram_lookup(*on_gpu, there[0], scales=there[1], **options, impl="triton")
+    assert torch.equal(engram_lookup(*on_gpu, there[0], scales=there[1], **options, checked=True)[1], ids)
     assert torch.equal(ids.cpu(), expected_ids)
     assert_same(rows.cpu(), expected_rows, "compiled", table)
     for deduplicate in (False, True):

@@ -121,15 +121,25 @@ def test_compiled_graphs_hold_it(impl: Implementation) -> None:
     assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
 
 
-def test_targets_out_of_range() -> None:
-    x, weight, _ = _inputs(2)
-    for target in (37, -1):
-        targets = torch.tensor([0, target], device=DEVICE)
-        losses = token_cross_entropy(x, weight, targets, impl="triton")
-        assert losses.isnan().tolist() == [False, True]
-        if DEVICE == "cpu":
-            with pytest.raises(RuntimeError, match="out of bounds"):
-                token_cross_entropy(x, weight, targets, impl="reference")
+@pytest.mark.parametrize("target", [37, -1, -99, 2**62])
+def test_targets_out_of_range(target: int) -> None:
+    """The kernel, which cannot raise, makes the loss NaN."""
+    logits, targets = torch.randn(2, 37, device=DEVICE), torch.tensor([0, target], device=DEVICE)
+    assert kernels.cross_entropy_triton(logits, targets).isnan().tolist() == [False, True]
+    assert kernels.cross_entropy_triton_(logits, targets).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("target", [37, -1, -99, 2**62])
+def test_targets_out_of_range_are_named_on_cpu(target: int, impl: Implementation) -> None:
+    x, weight, targets = (tensor.cpu() for tensor in _inputs())
+    targets[7] = target
+    message = rf"target {target} at \[7\] is none of the 37 classes: targets are 0 to 36, or -100 where no loss"
+    for differentiated in (False, True):
+        with pytest.raises(IndexError, match=message):
+            linear_cross_entropy(x.requires_grad_(differentiated), weight, targets, impl=impl)
+    with pytest.raises(IndexError, match=message):
+        token_cross_entropy(x, weight, targets, impl=impl)
 
 
 def test_bad_input() -> None:

@@ -263,6 +263,8 @@ def test_bad_input() -> None:
         mhc_pre(x, weight[:, :32], scale, bias, steps=2, eps=1e-6)
     with pytest.raises(ValueError, match="steps is 0"):
         mhc_pre(x, weight, scale, bias, steps=0, eps=1e-6)
+    with pytest.raises(TypeError, match="mhc_pre needs an integer for steps, not 2.5"):
+        mhc_pre(x, weight, scale, bias, steps=2.5, eps=1e-6)  # type: ignore[arg-type]
     u, h_post, h_res = mhc_pre(x, weight, scale, bias, steps=2, eps=1e-6)
     with pytest.raises(ValueError, match=r"h_res has shape \(1, 3, 3, 4\)"):
         mhc_post(x, u, h_post, h_res[:, :, :3])
@@ -273,7 +275,7 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize(
     ("streams", "width", "dtype", "reason"),
     [
-        (4, 24, torch.float32, "the streams are 24 wide, and it is for multiples of 16"),
+        (4, 24, torch.float32, "streams are 24 wide, and it takes widths that are multiples of 16"),
         (9, 16, torch.float32, "there are 9 streams, and it is for 1 to 8"),
         (4, 16, torch.float64, "not torch.float64"),
     ],
@@ -302,7 +304,7 @@ def test_without_a_compiler_auto_says_so_and_runs_the_reference(
         assert all(torch.equal(automatic[name], reference[name]) for name in reference)
         assert {record.levelname for record in caplog.records} == {"WARNING"}
         assert "none of c++, g++, clang++ was found" in caplog.text
-        with pytest.raises(ImplementationUnavailable, match="needs a compiler"):
+        with pytest.raises(ImplementationUnavailable, match="native kernels need a compiler"):
             run(inputs, "native")
     finally:
         native.load_library.cache_clear()

@@ -177,6 +177,8 @@ def test_bad_input_is_named() -> None:
             call(tokens, None, multipliers, torch.full_like(primes, wrong), offsets)
     with pytest.raises(ValueError, match="pad_id is -4"):
         call(tokens, None, multipliers, primes, offsets, pad_id=-4)
+    with pytest.raises(TypeError, match="hashing needs an integer for pad_id, not 2.0"):
+        call(tokens, None, multipliers, primes, offsets, pad_id=2.0)
     with pytest.raises(ValueError, match=r"primes must be contiguous, got strides \[4, 1, 2\]"):
         call(tokens, None, multipliers, torch.full((1, 2, 2), 7).transpose(1, 2), offsets)
     with pytest.raises(ValueError, match="ngram_hash has no implementation 'cuda'"):

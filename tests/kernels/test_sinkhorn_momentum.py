@@ -169,7 +169,9 @@ def test_operator_is_what_it_declares_and_compiles() -> None:
         ({"rows": torch.tensor([3, 3])}, ValueError, "rows must be distinct and ascend"),
         ({"rows": torch.tensor([[1, 3]])}, TypeError, r"int64 vector, not torch.int64 \[1, 2\]"),
         ({"steps": 10}, ValueError, "steps is 10, but an odd number is needed"),
+        ({"steps": 11.0}, TypeError, "sinkhorn_momentum_ needs an integer for steps, not 11.0"),
         ({"seed": -1}, ValueError, "seed is -1"),
+        ({"seed": 0.5}, TypeError, "sinkhorn_momentum_ needs an integer for seed, not 0.5"),
         ({"impl": "cuda"}, ValueError, "sinkhorn_momentum_ has no implementation 'cuda'"),
     ],
 )
@@ -180,7 +182,7 @@ def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], mes
 
 def test_unsupported_width_is_named() -> None:
     given = arguments(table=torch.zeros(4, 8), momentum=torch.zeros(4, 8), gradient=torch.zeros(2, 8))
-    with pytest.raises(ImplementationUnavailable, match="rows are 8 wide, not a multiple of 16"):
+    with pytest.raises(ImplementationUnavailable, match="rows are 8 wide, and it takes .* multiples of 16 up to 1024"):
         sinkhorn_momentum_(**given, impl="triton")
 
 

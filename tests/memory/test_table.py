@@ -161,9 +161,9 @@ def test_without_waiting_for_the_device_dead_ids_change_no_sum() -> None:
     assert_close(sums, gradient_by_loop(cotangent, ids), "table", name="weight.grad")
 
 
-def test_dead_ids_alone_leave_zeros_without_waiting_for_the_device() -> None:
+def test_dead_ids_alone_stay_dead_without_waiting_for_the_device() -> None:
     rows, values = _neutralise_dead(torch.full((3,), -1), torch.full((3, WIDTH), float("inf")))
-    assert rows.tolist() == [0, 0, 0]
+    assert rows.tolist() == [-1, -1, -1]
     assert values.tolist() == torch.zeros(3, WIDTH).tolist()
     empty, _ = _neutralise_dead(torch.zeros(0, dtype=torch.int64), torch.zeros(0, WIDTH))
     assert empty.tolist() == []

@@ -1,12 +1,19 @@
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
+from engram.config import TableOptimConfig
+from engram.optim import sparse
 from engram.optim.clip import clip_grad_norm
+from engram.optim.role import TableRole
+from engram.optim.row_adam import RowAdam
+from engram.optim.rowwise_adagrad import RowwiseAdagrad
+from engram.optim.sinkhorn import SinkhornMomentum
 
-from .helpers import gradient_of, random_sparse_gradient, sparse_gradient
+from .helpers import assign, gradient_of, random_sparse_gradient, sparse_gradient
 
 
 def gradients(generator: torch.Generator, dense: bool) -> list[nn.Parameter]:
@@ -50,3 +57,26 @@ def test_no_gradients_have_norm_zero() -> None:
     empty = nn.Parameter(torch.ones(4, 2))
     empty.grad = sparse_gradient(torch.empty(0, dtype=torch.int64), torch.empty(0, 2), 4)
     assert float(clip_grad_norm([empty], 1.0)) == 0.0
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize("kind", ["row_adam", "rowwise_adagrad", "sinkhorn"])
+def test_rows_are_summed_once_and_the_update_takes_the_sums(
+    kind: str, clipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = assign("table", torch.ones(9, 4), "table")
+    role: TableRole = {
+        "row_adam": lambda: RowAdam([row], (0.9, 0.95), 1e-10),
+        "rowwise_adagrad": lambda: RowwiseAdagrad([row], 1e-10),
+        "sinkhorn": lambda: SinkhornMomentum([row], TableOptimConfig(kind="sinkhorn")),
+    }[kind]()
+    planned, moved = Mock(wraps=sparse.plan_rows), Mock(wraps=role.update)
+    monkeypatch.setattr(sparse, "plan_rows", planned)
+    monkeypatch.setattr(role, "update", moved)
+    row.parameter.grad = random_sparse_gradient(9, 4, 30, torch.Generator().manual_seed(5))
+    if clipped:
+        clip_grad_norm([row.parameter], 0.1)
+    role.step(0.01)
+    planned.assert_called_once()
+    moved.assert_called_once()
+    assert moved.call_args.args[1].is_coalesced()

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from engram.config import MuonConfig, TableOptimConfig
+from engram.memory.table import RowTable
 from engram.optim.adamw import AdamW
+from engram.optim.clip import clip_grad_norm
 from engram.optim.groups import Assignment
 from engram.optim.muon import Muon
 from engram.optim.role import Role
@@ -66,6 +68,28 @@ def test_tables(kind: str, generator: torch.Generator) -> None:
     here, there = (moved(starts, gradients, TABLES[kind], device) for device in ("cpu", "cuda"))
     for on_cuda, on_cpu in zip(there, here, strict=True):
         assert_same(on_cuda, on_cpu, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["row_adam", "rowwise_adagrad"])
+def test_dead_reads_touch_no_row(kind: str) -> None:
+    table = RowTable(ROWS, 32, init_std=1.0).cuda()
+    role = TABLES[kind]([Assignment("table", table.weight, "table", 1.0, 0.1)])
+
+    def step(ids: list[list[int]]) -> list[int]:
+        """Which rows a step moves whose tokens read `ids`."""
+        before = {"weight": table.weight.detach().clone(), **{key: each.clone() for key, each in role.tensors.items()}}
+        table.weight.grad = None
+        table(torch.tensor([ids], device="cuda"), torch.float32).sum().backward()
+        clip_grad_norm([table.weight], 1e-3)
+        role.step(LR)
+        after = {"weight": table.weight.detach(), **role.tensors}
+        changed = [(after[key] != before[key]).view(ROWS, -1).any(1) for key in before]
+        return torch.stack(changed).any(0).nonzero().flatten().tolist()
+
+    # From here on, these rows have momentum.
+    assert step([[0, 1], [2, ROWS - 1]]) == [0, 1, 2, ROWS - 1]
+    assert step([[-1]]) == step([[-1, -1], [-1, -1]]) == []
+    assert step([[-1, 2], [-1, -1]]) == [2]
 
 
 def test_adamw(generator: torch.Generator) -> None:

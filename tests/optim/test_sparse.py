@@ -1,8 +1,10 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.optim.sparse import coalesce, plan_gradient
+from engram.kernels.table_update import RowPlan
+from engram.optim.sparse import coalesce
 
 from .helpers import random_sparse_gradient, sparse_gradient
 
@@ -55,9 +57,19 @@ def test_no_reads_and_expanded_values() -> None:
 def test_a_coalesced_gradient_is_left_as_it_is(generator: torch.Generator) -> None:
     gradient = coalesce(random_sparse_gradient(50, 7, 400, generator))
     assert coalesce(gradient) is gradient
-    plan = plan_gradient(gradient)
+    plan = RowPlan.of_sums(gradient.indices()[0])
     assert plan.rows.tolist() == gradient.indices()[0].tolist()
     assert plan.order.tolist() == plan.starts[:-1].tolist() == list(range(plan.num_reads))
+
+
+@pytest.mark.parametrize("rows", [[-1], [-1, -1], [-1, 2, -1, 2, -3], [-1, 4]])
+def test_dead_reads_are_left_out(rows: list[int]) -> None:
+    """A single one too, which torch calls coalesced."""
+    gradient = torch.sparse_coo_tensor(torch.tensor([rows]), torch.ones(len(rows), 3), (5, 3), check_invariants=False)
+    summed = coalesce(gradient)
+    living = sorted({row for row in rows if row >= 0})
+    assert summed.is_coalesced() and summed.indices().tolist() == [living]
+    assert summed.values().tolist() == [[float(rows.count(row))] * 3 for row in living]
 
 
 def test_bfloat16_is_summed_in_float32() -> None:

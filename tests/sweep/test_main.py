@@ -1,6 +1,7 @@
 """The command line, from a sweep's file to its page, with real trainings."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,11 @@ ROOT = Path(__file__).parents[2]
 
 def sweep_file(folder: Path, **settings: Any) -> Path:
     """A sweep of tiny models on a tiny corpus."""
+    generator = random.Random(3)
+    words = ["".join(generator.choices("abdeiklmnorstuz", k=generator.randint(2, 7))) for _ in range(200)]
     with (folder / "documents.jsonl").open("w") as corpus:
-        for number in range(150):
-            text = " ".join(f"w{number * place % 37}" for place in range(1, 40))
-            corpus.write(json.dumps({"text": text}) + "\n")
+        for _ in range(150):
+            corpus.write(json.dumps({"text": " ".join(generator.choices(words, k=60))}) + "\n")
     base = config_tree(folder / "data", folder / "documents.jsonl", folder / "none")
     base["model"]["moe"] |= {"num_experts": 12}
     base["model"]["memory"] |= {"num_heads": 2, "head_dim": 4}
@@ -38,9 +40,6 @@ def test_from_file_to_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     planned = capsys.readouterr().out
     assert "4 runs, 0 done, 4 to go" in planned and "assumed" in planned
     assert not (tmp_path / "pool").exists() and not (tmp_path / "out").exists()
-    # The corpus is prepared by one process, so that two trainings do not do it at once.
-    prepare = [sys.executable, "-m", "engram.data", "prepare", str(tmp_path / "base.yaml")]
-    subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True)
     assert main(["run", str(path), "--jobs", "2"]) == 0
     assert "[4/4]" in capsys.readouterr().err
     assert main(["status", str(path), "--json"]) == 0

@@ -43,9 +43,9 @@ def causal_attention(
 @torch.compiler.assume_constant_result
 def _choice(impl: str, device: str, dtype: torch.dtype) -> str:
     if impl == "auto" and (device != "cpu" or dtype != torch.bfloat16):
-        return "torch"
-    chosen = choose("causal_attention", impl, device, native=lambda: native_obstacle(device, dtype), torch=lambda: None)
-    return "torch" if impl == "auto" and chosen == "reference" else chosen
+        impl = "torch"
+    obstacles = dict(native=lambda: native_obstacle(device, dtype), torch=lambda: None)
+    return choose("causal_attention", impl, device, fallback="torch", **obstacles)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram.kernels.choose import Implementation, choose, triton_obstacle
+from engram.kernels.choose import Implementation, check_integers, choose, triton_obstacle, width_obstacle
 from engram.kernels.engram_gate_conv.native_cpu import SOURCE, backward_native, forward_native
 from engram.kernels.engram_gate_conv.reference import engram_gate_conv_ref
 from engram.kernels.native import native_obstacle
@@ -86,6 +86,7 @@ def _validate(
         raise ValueError("a gate and its gain come together: give both or neither")
     if (conv_weight is None) != (conv_gain is None):
         raise ValueError("conv_weight and conv_gain come together: give both or neither")
+    check_integers("engram_gate_conv", dilation=dilation)
     if dilation < 1:
         raise ValueError(f"dilation is {dilation}: it must be at least 1")
     if conv_weight is not None and not conv_weight.shape[-1]:
@@ -116,9 +117,7 @@ def _choice(impl: Implementation, device: str, dtype: torch.dtype, streams: int,
         return None
 
     def triton() -> str | None:
-        if width % 16:
-            return f"it needs a hidden size that is a multiple of 16, not {width}"
-        return limits() or triton_obstacle(device)
+        return width_obstacle("streams", width) or limits() or triton_obstacle(device)
 
     def native() -> str | None:
         if device != "cpu":

@@ -7,7 +7,7 @@ of the table, D width of a row.
 import torch
 from torch import Tensor
 
-from engram.kernels.choose import Implementation, choose, triton_obstacle
+from engram.kernels.choose import Implementation, choose, triton_obstacle, width_obstacle
 from engram.kernels.engram_lookup import operators
 from engram.kernels.engram_lookup.huge_pages import advise_huge_pages
 from engram.kernels.engram_lookup.native_cpu import SOURCE
@@ -17,8 +17,8 @@ from engram.kernels.ngram_hash import check_recipe, check_tokens, ngram_hash
 
 __all__ = ["advise_huge_pages", "engram_lookup", "engram_lookup_ref", "gather_rows", "gather_rows_ref", "quantize_rows"]
 
-# What the Triton kernels hold in one tile, in steps of what one thread loads at once.
-TRITON_WIDTHS = range(16, 513, 16)
+# What the Triton kernels hold in one tile.
+WIDEST_ROW = 512
 
 
 def gather_rows(
@@ -43,6 +43,9 @@ def gather_rows(
     `deduplicate` reads each distinct row once, which pays where rows are far away and often repeated; on CUDA it waits
     for the device. `checked` (default: on CPU) raises IndexError for an id from R on; on CUDA it waits, too.
     Unchecked, such an id reads zeros.
+
+    There is no gradient, and asking for one raises RuntimeError: engram.memory.table.RowTable has it, by rows. Raises
+    TypeError and ValueError for operands that do not fit together, ImplementationUnavailable.
     """
     dtype = _check_rows(table, scales, dtype, ids.device)
     if ids.dtype != torch.int64 or not ids.ndim:
@@ -51,6 +54,10 @@ def gather_rows(
     chosen = _choice("gather_rows", impl, ids.device.type, table.shape[1])
     if out is None:
         return operators.gather_rows(table, ids, scales, dtype, deduplicate, checked, chosen)
+    if table.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "out cannot carry a gradient to the table, which asks for one: detach it, or gather under torch.no_grad()"
+        )
     shape = (*ids.shape[:-1], ids.shape[-1] * table.shape[1])
     if out.shape != shape or out.dtype != dtype or out.device != ids.device or not out.is_contiguous():
         raise ValueError(
@@ -74,26 +81,47 @@ def engram_lookup(
     token_map: Tensor | None = None,
     scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    checked: bool | None = None,
     impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`ngram_hash` and `gather_rows` of one layer in one launch: rows [B, T, C*D] and ids int64 [B, T, C].
 
-    `multipliers` [N], `primes` [O, H], `offsets` [C]; everything else as in these two. On CPU ids are checked. `native`
-    is the two natives, one after the other: without launches there is nothing to save.
+    `multipliers` [N], `primes` [O, H], `offsets` [C]; everything else as in these two. `checked` (default: on CPU)
+    raises IndexError for a token id beyond the map and for a row beyond the table, where the recipe is not the table's;
+    on CUDA this waits for the device. `native` is the two natives, one after the other: without launches there is
+    nothing to save.
+
+    It is for inference engines and offloaded tables, which own a recipe and a frozen table, perhaps in 8 bits or pinned
+    host memory. Nothing in this package calls it. Training and decoding hash all layers in one launch before the first
+    block, where a launch for each layer would gain nothing; and both read through engram.memory.table.RowTable, which
+    has the gradient and alone knows where rows are stored.
     """
-    check_tokens(tokens, document_ids, token_map)
+    if not isinstance(offsets, Tensor):
+        raise TypeError(
+            f"offsets are {offsets}, but one table holds the rows of all heads: give the first row of each, int64 [C] "
+            "(ngram_hash alone does without)"
+        )
+    check_tokens(tokens, document_ids, token_map, pad_id)
     check_recipe(multipliers, primes, offsets, tokens.device, leading=0)
     dtype = _check_rows(table, scales, dtype, tokens.device)
+    checked = tokens.device.type == "cpu" if checked is None else checked
     chosen = _choice("engram_lookup", impl, tokens.device.type, table.shape[1])
-    if chosen != "triton":
-        recipe = multipliers[None], primes[None], offsets[None]
-        ids = ngram_hash(
-            tokens, document_ids, *recipe, pad_id=pad_id, stop_at_pad=stop_at_pad, token_map=token_map, impl=chosen
-        )[0]
-        return gather_rows(table, ids, scales=scales, dtype=dtype, impl=chosen), ids
-    return operators.engram_lookup(
-        tokens, document_ids, multipliers, primes, offsets, token_map, table, scales, dtype, pad_id, stop_at_pad
-    )
+    if chosen == "triton":
+        hashed = tokens, document_ids, multipliers, primes, offsets, token_map
+        return operators.engram_lookup(*hashed, table, scales, dtype, pad_id, stop_at_pad, checked)
+    ids = ngram_hash(
+        tokens,
+        document_ids,
+        multipliers[None],
+        primes[None],
+        offsets[None],
+        pad_id=pad_id,
+        stop_at_pad=stop_at_pad,
+        token_map=token_map,
+        checked=checked,
+        impl=chosen,
+    )[0]
+    return gather_rows(table, ids, scales=scales, dtype=dtype, checked=checked, impl=chosen), ids
 
 
 @torch.compiler.assume_constant_result
@@ -104,9 +132,7 @@ def _choice(op: str, impl: str, device: str, width: int) -> str:
 
 
 def _triton_obstacle(device: str, width: int) -> str | None:
-    if width not in TRITON_WIDTHS:
-        return f"rows are {width} wide: they must be a multiple of 16 up to {TRITON_WIDTHS[-1]}"
-    return triton_obstacle(device)
+    return width_obstacle("rows", width, most=WIDEST_ROW) or triton_obstacle(device)
 
 
 def _native_obstacle(device: str) -> str | None:

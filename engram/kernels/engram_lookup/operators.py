@@ -1,10 +1,13 @@
 """The registered operators behind `gather_rows` and `engram_lookup`, which compiled graphs hold as one node each."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from engram.kernels.engram_lookup.native_cpu import gather_rows_native
 from engram.kernels.engram_lookup.reference import check_row_ids, gather_rows_ref
+from engram.kernels.ngram_hash.reference import check_token_ids
 
 
 @torch.library.custom_op("engram::gather_rows", mutates_args=())
@@ -55,15 +58,21 @@ def engram_lookup(
     dtype: torch.dtype,
     pad_id: int,
     stop_at_pad: bool,
+    checked: bool,
 ) -> tuple[Tensor, Tensor]:
     from engram.kernels.engram_lookup.triton import engram_lookup_triton
 
+    if checked and token_map is not None:
+        check_token_ids(tokens, token_map)
     ids = tokens.new_empty(*tokens.shape, primes.numel())
     out = tokens.new_empty(*tokens.shape, primes.numel() * table.shape[1], dtype=dtype)
     tokens, documents = tokens.contiguous(), None if document_ids is None else document_ids.contiguous()
     recipe = multipliers, primes, offsets, token_map
     with torch.cuda.device_of(tokens):
         engram_lookup_triton(tokens, documents, *recipe, table, scales, ids, out, pad_id, stop_at_pad)
+    # The kernel reads zeros there.
+    if checked:
+        check_row_ids(ids, len(table))
     return out, ids
 
 
@@ -80,9 +89,21 @@ def _(
     dtype: torch.dtype,
     pad_id: int,
     stop_at_pad: bool,
+    checked: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = tokens.new_empty(*tokens.shape, primes.numel() * table.shape[1], dtype=dtype)
     return rows, tokens.new_empty(*tokens.shape, primes.numel())
+
+
+def _refuse_gradient(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "gather_rows and engram_lookup have no gradient: read a table that is trained through "
+        "engram.memory.table.RowTable, or detach it, or look up under torch.no_grad()"
+    )
+
+
+gather_rows.register_autograd(_refuse_gradient)
+engram_lookup.register_autograd(_refuse_gradient)
 
 
 def _fill(

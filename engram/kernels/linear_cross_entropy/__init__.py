@@ -38,8 +38,8 @@ def linear_cross_entropy(
     targets int64 [T]. A sum scales its gradient by one number, so the gradient is taken while a chunk's logits are at
     hand and no product is computed twice; the head's gradient is summed in float32. `compiled` fuses what `reference`,
     plain torch by chunks, does between the products; `triton` overwrites the logits by their gradient in one kernel and
-    never waits for the device. Any other target outside [0, V) raises RuntimeError on CPU and makes the loss NaN in
-    `triton`. There is no second derivative: asking for one raises.
+    never waits for the device. Any other target outside [0, V) raises IndexError on CPU; on CUDA, where looking would
+    wait for the device, it makes the loss NaN in `triton`. There is no second derivative: asking for one raises.
     """
     chosen = _check(x, weight, targets, impl)
     if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
@@ -56,6 +56,7 @@ def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, impl: Imp
 @torch.library.custom_op("engram::linear_cross_entropy", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, targets: Tensor, compiled: bool, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, and its gradients by x and weight."""
+    _check_targets(targets, len(weight))
     chunk_losses_ = _in_place(impl, compiled)
     head = weight.to(x.dtype)
     total = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -71,6 +72,7 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, compiled: bool, impl: s
 
 @torch.library.custom_op("engram::token_cross_entropy", mutates_args=())
 def _token_losses(x: Tensor, weight: Tensor, targets: Tensor, impl: str) -> Tensor:
+    _check_targets(targets, len(weight))
     head = weight.to(x.dtype)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     for part, logits_NV in _chunks(x, head):
@@ -163,6 +165,19 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, impl: str) -> str:
             f"{x.dtype}, {weight.dtype} and {targets.dtype}"
         )
     return _choice(impl, x.device.type)
+
+
+def _check_targets(targets: Tensor, classes: int) -> None:
+    # Elsewhere than on CPU, looking would wait for the device.
+    if targets.device.type != "cpu":
+        return
+    outside = ((targets < 0) | (targets >= classes)) & (targets != IGNORE)
+    if outside.any():
+        position = int(outside.nonzero()[0])
+        raise IndexError(
+            f"target {int(targets[position])} at [{position}] is none of the {classes} classes: targets are 0 to "
+            f"{classes - 1}, or {IGNORE} where no loss is wanted"
+        )
 
 
 @torch.compiler.assume_constant_result

@@ -10,7 +10,14 @@ ends on the axis that the mix sums over. Nothing of Sinkhorn is kept for the bac
 import torch
 from torch import Tensor
 
-from engram.kernels.choose import Implementation, check_devices, choose, triton_obstacle
+from engram.kernels.choose import (
+    Implementation,
+    check_devices,
+    check_integers,
+    choose,
+    triton_obstacle,
+    width_obstacle,
+)
 from engram.kernels.mhc_pre_post.autograd import Post, Pre
 from engram.kernels.mhc_pre_post.native_cpu import POST, PRE
 from engram.kernels.mhc_pre_post.reference import mhc_coefficients_ref, mhc_post_ref, mhc_pre_ref
@@ -19,8 +26,6 @@ from engram.kernels.native import native_obstacle
 __all__ = ["mhc_coefficients_ref", "mhc_post", "mhc_post_ref", "mhc_pre", "mhc_pre_carry", "mhc_pre_ref"]
 
 MAX_STREAMS = 8
-# Of the kernels: they handle this many channels at a time.
-WIDTH_STEP = 16
 
 
 def mhc_pre(
@@ -60,6 +65,7 @@ def mhc_pre_carry(
     _check_streams(x)
     _check_parameters(x, weight, scale, bias)
     check_devices("mhc_pre", x=x, weight=weight, scale=scale, bias=bias)
+    check_integers("mhc_pre", steps=steps)
     if steps < 1:
         raise ValueError(f"steps is {steps}: Sinkhorn needs at least one to make the rows of h_res sum to 1")
     chosen = _choice("mhc_pre", impl, x.device.type, x.dtype, x.shape[2], x.shape[3])
@@ -101,9 +107,7 @@ def _choice(op: str, impl: str, device: str, dtype: torch.dtype, streams: int, w
 def _shape_obstacle(streams: int, width: int) -> str | None:
     if streams > MAX_STREAMS:
         return f"there are {streams} streams, and it is for 1 to {MAX_STREAMS}"
-    if width % WIDTH_STEP:
-        return f"the streams are {width} wide, and it is for multiples of {WIDTH_STEP}"
-    return None
+    return width_obstacle("streams", width)
 
 
 def _triton_obstacle(device: str, dtype: torch.dtype) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engram.kernels.choose import Implementation, check_devices, choose, triton_obstacle
+from engram.kernels.choose import Implementation, check_devices, choose, triton_obstacle, width_obstacle
 from engram.kernels.moe_experts.grouped import GroupedExperts
 from engram.kernels.moe_experts.native_cpu import NativeExperts, checked_ids, native_obstacle
 from engram.kernels.moe_experts.reference import moe_experts_ref
@@ -53,22 +53,16 @@ def moe_experts(
 @torch.compiler.assume_constant_result
 def _choice(impl: str, device: str, dtype: torch.dtype, hidden: int, width: int) -> str:
     if impl == "auto" and device == "cpu" and dtype != torch.bfloat16:
-        return "grouped"
-    chosen = choose(
+        impl = "grouped"
+    return choose(
         "moe_experts",
         impl,
         device,
-        triton=lambda: triton_obstacle(device) or _width_obstacle(hidden, width),
+        fallback="grouped",
+        triton=lambda: triton_obstacle(device) or width_obstacle("tokens", hidden) or width_obstacle("experts", width),
         native=lambda: native_obstacle(device, dtype),
         grouped=lambda: None,
     )
-    return "grouped" if impl == "auto" and chosen == "reference" else chosen
-
-
-def _width_obstacle(hidden: int, width: int) -> str | None:
-    if hidden % 16 or width % 16:
-        return f"the hidden size and the expert width must be multiples of 16, not {hidden} and {width}"
-    return None
 
 
 def _grouped(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, L memory layers, N longest n-gram, H heads of one or
 import torch
 from torch import Tensor
 
-from engram.kernels.choose import Implementation, choose, triton_obstacle
+from engram.kernels.choose import Implementation, check_integers, choose, triton_obstacle
 from engram.kernels.native import native_obstacle
 from engram.kernels.ngram_hash.native_cpu import LONGEST_NGRAM, SOURCE, ngram_hash_native
 from engram.kernels.ngram_hash.reference import check_token_ids, ngram_hash_ref
@@ -40,10 +40,8 @@ def ngram_hash(
     `checked` (default: on CPU) raises IndexError for an id from V on; on CUDA this waits for the device. Unchecked,
     such an id counts as dead.
     """
-    check_tokens(ids, document_ids, token_map)
+    check_tokens(ids, document_ids, token_map, pad_id)
     check_recipe(multipliers, primes, offsets, ids.device, leading=1)
-    if pad_id < 0:
-        raise ValueError(f"pad_id is {pad_id}: it must be an id, 0 or more")
     device = ids.device.type
     chosen = _choice(impl, device)
     checked = device == "cpu" if checked is None else checked
@@ -114,7 +112,7 @@ def _obstacle(device: str) -> str | None:
     return native_obstacle(SOURCE) if device == "cpu" else f"the tensors are on {device}: native code is for CPU"
 
 
-def check_tokens(ids: Tensor, document_ids: Tensor | None, token_map: Tensor | None) -> None:
+def check_tokens(ids: Tensor, document_ids: Tensor | None, token_map: Tensor | None, pad_id: int) -> None:
     """Raises TypeError or ValueError where tokens and what belongs to them do not fit together."""
     for name, tensor in (("ids", ids), ("document_ids", document_ids), ("token_map", token_map)):
         if tensor is not None and tensor.dtype != torch.int64:
@@ -127,6 +125,9 @@ def check_tokens(ids: Tensor, document_ids: Tensor | None, token_map: Tensor | N
         raise ValueError(f"document_ids {list(document_ids.shape)} must have the shape of ids, {list(ids.shape)}")
     if token_map is not None and (token_map.ndim != 1 or not len(token_map) or not token_map.is_contiguous()):
         raise ValueError(f"token_map must be contiguous, one entry for each token id, got {list(token_map.shape)}")
+    check_integers("hashing", pad_id=pad_id)
+    if pad_id < 0:
+        raise ValueError(f"pad_id is {pad_id}: it must be an id, 0 or more")
 
 
 def check_recipe(

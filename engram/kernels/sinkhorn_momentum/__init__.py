@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engram.kernels.choose import Implementation, choose, triton_obstacle
+from engram.kernels.choose import Implementation, check_integers, choose, triton_obstacle, width_obstacle
 from engram.kernels.native import native_obstacle
 from engram.kernels.sinkhorn_momentum.native_cpu import SOURCE, sinkhorn_momentum_native_
 from engram.kernels.sinkhorn_momentum.reference import sinkhorn_momentum_ref_
@@ -62,9 +62,7 @@ def _choice(impl: Implementation, device: str, width: int) -> str:
 
 
 def _triton_obstacle(device: str, width: int) -> str | None:
-    if width % 16 or not 16 <= width <= 1024:
-        return f"rows are {width} wide, not a multiple of 16 from 16 to 1024"
-    return triton_obstacle(device)
+    return width_obstacle("rows", width, most=1024) or triton_obstacle(device)
 
 
 def _check(table: Tensor, momentum: Tensor, gradient: Tensor, rows: Tensor, steps: int, seed: int) -> None:
@@ -82,6 +80,7 @@ def _check(table: Tensor, momentum: Tensor, gradient: Tensor, rows: Tensor, step
         raise ValueError(
             f"gradient is {list(gradient.shape)}, but {len(rows)} rows of width {table.shape[1]} have a gradient"
         )
+    check_integers("sinkhorn_momentum_", steps=steps, seed=seed)
     if steps < 1 or steps % 2 == 0:
         raise ValueError(f"steps is {steps}, but an odd number is needed to end on rows")
     if not 0 <= seed < 2**32:

@@ -1,7 +1,9 @@
 """Updates of the rows that a step read: a plan of the reads, the segment sum of their gradients, the optimizer.
 
 Plans depend on ids alone, so they can be built ahead of the gradients. An update is one pass over the touched rows:
-it sums a row's gradients in float32 in a fixed order, moves weights and state, and stores them, in place.
+it sums a row's gradients in float32 in a fixed order, moves weights and state, and stores them, in place. Our training
+sums rows before (engram.optim.sparse says why) and updates by `RowPlan.of_sums`, with the same bits; whoever needs no
+norm of the sums saves that pass.
 
 Legend: R rows of the table, N reads, U distinct rows that were read, D width of a row.
 """
@@ -9,7 +11,7 @@ Legend: R rows of the table, N reads, U distinct rows that were read, D width of
 import torch
 from torch import Tensor
 
-from engram.kernels.choose import Implementation, choose, triton_obstacle
+from engram.kernels.choose import Implementation, check_integers, choose, triton_obstacle, width_obstacle
 from engram.kernels.native import native_obstacle
 from engram.kernels.table_update import operators
 from engram.kernels.table_update.native_cpu import SOURCE
@@ -116,9 +118,7 @@ def _native_obstacle(device: str) -> str | None:
 
 
 def _triton_obstacle(device: str, width: int) -> str | None:
-    if width % 16 or not 16 <= width <= 1024:
-        return f"rows are {width} wide, not a multiple of 16 from 16 to 1024"
-    return triton_obstacle(device)
+    return width_obstacle("rows", width, most=1024) or triton_obstacle(device)
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
@@ -143,6 +143,7 @@ def _check_update(
         raise ValueError(f"the table must be a contiguous matrix, not {list(table.shape)}: call .contiguous()")
     if table.shape[1] != gradient.shape[1]:
         raise ValueError(f"rows of the table are {table.shape[1]} wide, those of the gradient {gradient.shape[1]}")
+    check_integers("a table update", seed=seed)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}, but must be at least 0 and below 2^32")
     for name, (tensor, shape) in state.items():

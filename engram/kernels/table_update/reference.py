@@ -3,7 +3,7 @@
 Legend: R rows of the table, N reads, U distinct rows that were read, D width of a row.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ class RowPlan(NamedTuple):
     order: Tensor
     # All reads N, the dead ones (negative ids) included: the rows that a gradient has.
     num_reads: int
+
+    @classmethod
+    def of_sums(cls, rows_U: Tensor) -> Self:
+        """The plan of gradients that are summed already: one read of each of the distinct, ascending rows."""
+        places = torch.arange(len(rows_U) + 1, device=rows_U.device)
+        return cls(rows_U, places, places[:-1], len(rows_U))
 
 
 def plan_rows_ref(ids_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
