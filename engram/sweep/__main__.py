@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         below = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         below.add_argument("sweep", metavar="SWEEP", help="the sweep's YAML file")
-        below.add_argument("--part", help="only this part of the sweep")
+        if name not in ("collect", "fit", "report"):
+            below.add_argument("--part", help="only this part of the sweep")
         below.set_defaults(command=command)
         return below
 
@@ -188,7 +189,7 @@ def collect(options: argparse.Namespace) -> int:
     from engram.sweep.spec import SweepError, load_sweep
 
     sweep = load_sweep(options.sweep)
-    collected = collecting.collect(sweep, expand(sweep, options.part))
+    collected = collecting.collect(sweep, expand(sweep))
     print(collected.says)
     if options.require_all and collected.missing:
         raise SweepError(f"{sweep.out}: {len(collected.missing)} runs are missing, and --require-all asks for all")

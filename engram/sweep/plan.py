@@ -9,6 +9,7 @@ from rich.table import Table
 
 from engram.model.accounting import count_bytes, count_flops, count_parameters, rho, table_rows
 from engram.report.text import duration, short
+from engram.sweep.allocation import achieved
 from engram.sweep.grid import Run, unique
 from engram.sweep.pool import Pool
 
@@ -29,6 +30,8 @@ class PlannedPoint:
     rows: int
     total: int
     activated: int
+    # Without what memory adds besides its tables, as the paper counts.
+    activated_as_paper: int
     tokens: int
     # FLOPs of the whole run; bytes of parameters, gradients and optimizer state.
     flops: float
@@ -80,7 +83,19 @@ def _table(part: str, points: Sequence[PlannedPoint], flops_per_second: float) -
     table = Table(title=part, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for axis in axes:
         table.add_column(axis)
-    for name in ("rho", "experts", "rows", "total", "activated", "tokens", "FLOPs", "state", "seeds", "time"):
+    for name in (
+        "rho",
+        "experts",
+        "rows",
+        "total",
+        "activated",
+        "as paper",
+        "tokens",
+        "FLOPs",
+        "state",
+        "seeds",
+        "time",
+    ):
         table.add_column(f"{name} counted" if name in axes else name, justify="right")
     for point in points:
         table.add_row(
@@ -90,6 +105,7 @@ def _table(part: str, points: Sequence[PlannedPoint], flops_per_second: float) -
             f"{point.rows:,}",
             short(point.total),
             short(point.activated),
+            short(point.activated_as_paper),
             short(point.tokens),
             f"{point.flops:.1e}",
             f"{short(point.bytes)}B",
@@ -112,6 +128,7 @@ def _point(part: str, point: dict[str, object], runs: tuple[Run, ...]) -> Planne
         rows=table_rows(config.model),
         total=counts.total,
         activated=counts.activated,
+        activated_as_paper=achieved(config.model, config.model).paper_activated,
         tokens=tokens,
         flops=tokens * count_flops(config.model, config.data.sequence_length).training,
         bytes=count_bytes(config.model, config.optim, config.tokens_per_step).total,

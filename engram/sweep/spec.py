@@ -39,14 +39,14 @@ class Part(Settings):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     # Dotted settings, laid over the base before the axes.
     overrides: dict[str, Any] = {}
-    # How `report` shows the part; null: by what it derives.
+    # How `report` shows the part; null: by its axis rho or rows, else as bars.
     view: View | None = None
     # The point that others are compared with, by axis; `part` names another part that holds it. null: the first point.
     reference: dict[str, Any] | None = None
 
     @property
     def shown_as(self) -> View:
-        return self.view or ("allocation" if self.derive == "allocation" else "scaling" if self.derive else "bars")
+        return self.view or ("allocation" if "rho" in self.axes else "scaling" if "rows" in self.axes else "bars")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -57,6 +57,9 @@ class Part(Settings):
         for derive, axis in (("allocation", "rho"), ("memory", "rows")):
             if (axis in self._names()) != (self.derive == derive):
                 raise ValueError(f"an axis {axis} and derive: {derive} belong together, but one of them is missing")
+        needed = {"allocation": "rho", "scaling": "rows"}.get(self.shown_as)
+        if needed and needed not in self.axes:
+            raise ValueError(f"view {self.view} needs an axis {needed}: add it, or choose view bars or lines")
         return self
 
     def _names(self) -> set[str]:

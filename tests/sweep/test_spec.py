@@ -62,6 +62,7 @@ def test_a_part_may_have_no_axis_and_no_settings(tmp_path: Path) -> None:
         (dict(seeds=[]), "parts.sweep.seeds: is [], but must be a list of 1 or more"),
         (dict(parts={}), "parts: is {}, but must be"),
         (dict(parts=[1]), "parts: is [1], but must be a section of settings"),
+        (dict(view="scaling"), "parts.sweep: view scaling needs an axis rows: add it, or choose view bars or lines"),
         (dict(view="pie"), "parts.sweep.view: is 'pie', but must be"),
         (dict(slurm={"partitions": "x"}), "slurm.partitions: unknown key (value 'x'); did you mean 'partition'?"),
     ],

@@ -1,0 +1,1 @@
+"""Drawings of what a study says, each with the numbers behind it."""

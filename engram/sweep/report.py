@@ -1,0 +1,147 @@
+"""The page of a study: the answer, how sure it is, and everything that it rests on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from engram.report.figure import SavedFigure
+from engram.report.page import Page
+from engram.sweep.figures.allocation import allocation_figure
+from engram.sweep.figures.bars import bars_figure
+from engram.sweep.figures.lines import lines_figure
+from engram.sweep.figures.runs import runs_figure
+from engram.sweep.figures.scaling import scaling_figure
+from engram.sweep.report_tables import counted_table, folded, origin_table, run_list
+from engram.sweep.spec import Sweep, SweepError
+from engram.sweep.study import PartView, Study, write_fits
+from engram.sweep.tables import Row, read_table
+from engram.sweep.views.allocation import AllocationView
+from engram.sweep.views.bars import Bars
+from engram.sweep.views.lines import Lines
+from engram.sweep.views.points import Points
+from engram.sweep.views.scaling import ScalingView
+from engram.sweep.views.spread import LEVEL
+
+
+def write(sweep: Sweep) -> Path:
+    """Write `out`/report.html, `out`/figures/* and `out`/fits.json from what `collect` left in `out`."""
+    study = write_fits(sweep)
+    rows = read_table(sweep.out / "runs.parquet")
+    curves: dict[str, list[Row]] = {}
+    for line in read_table(sweep.out / "curves.parquet"):
+        curves.setdefault(line["run_id"], []).append(line)
+    path = sweep.out / "report.html"
+    try:
+        return build_page(study, rows, curves, sweep.out / "figures").write(path)
+    except OSError as error:
+        raise SweepError(f"{path}: cannot be written ({error.strerror}): give another folder as `out`") from None
+
+
+def build_page(study: Study, rows: Sequence[Row], curves: Mapping[str, Sequence[Row]], figures: Path) -> Page:
+    """All sections; figures and their data are written into the folder `figures`."""
+    page = Page(study.name, _state(rows))
+    page.tiles(tile for view in study.views.values() for tile in _tiles(view))
+    page.section("Answers")
+    page.table(
+        ["part", "finished", "finding"],
+        [row for name, view in study.views.items() for row in _findings(name, view)],
+    )
+    everything = {name: view.points for name, view in study.views.items()}
+    for name, view in study.views.items():
+        _part(page, name, view, [row for row in rows if row["part"] == name], curves, everything, figures)
+    _certainty(page, study)
+    page.section("Provenance")
+    page.table(*origin_table(rows), "A commit with -modified had changes that were not committed.")
+    page.details("Every run", run_list(rows))
+    return page
+
+
+def _findings(name: str, view: PartView) -> list[list[str]]:
+    """A row for each sentence; the first names the part."""
+    findings = view.findings or ["No run is finished yet"]
+    return [
+        [name if index == 0 else "", view.points.count.removesuffix(" runs") if index == 0 else "", text]
+        for index, text in enumerate(findings)
+    ]
+
+
+def _part(
+    page: Page,
+    name: str,
+    view: PartView,
+    rows: Sequence[Row],
+    curves: Mapping[str, Sequence[Row]],
+    everything: Mapping[str, Points],
+    figures: Path,
+) -> None:
+    page.section(name)
+    for finding in view.findings:
+        page.text(f"{finding}.")
+    if view.points.finished < view.points.loss.size:
+        page.note(f"Incomplete: {view.points.count} are finished, and what follows rests on these.")
+    if not view.points.finished:
+        return
+    for figure, caption in _figures(view, figures):
+        page.figure(figure, caption)
+    header, table = view.table()
+    if table:
+        page.table(header, table)
+    drawing = runs_figure(name, rows, curves, figures)
+    if drawing is not None:
+        page.figure(drawing, "Every run of this part. Where runs have few evaluations, their training loss is shown. ")
+    folded(
+        page,
+        f"Counted parameters of all {len(rows)} runs",
+        *counted_table(view.points, rows, everything),
+        "Without the vocabulary's two matrices. Deviations are from the model without memory.",
+    )
+
+
+def _figures(view: PartView, folder: Path) -> Iterator[tuple[SavedFigure, str]]:
+    pairing = f"Dots are seeds without their common level, means carry {LEVEL:.0%} intervals. "
+    if isinstance(view, AllocationView):
+        yield (
+            allocation_figure(view, folder),
+            f"{pairing}Solid: two-term fit; dashed: parabola; band: {LEVEL:.0%} interval of the minimum's place; grey "
+            "line: experts only. Below, the paper's two budgets (no seeds are reported), fitted by the same code. ",
+        )
+    elif isinstance(view, ScalingView):
+        yield (
+            scaling_figure(view, folder),
+            f"{pairing}Solid: log-linear fit; dotted: power law with a floor; dashed grey: no table. Beside it, the "
+            "paper's points, fitted by the same code. ",
+        )
+    elif isinstance(view, Lines):
+        yield lines_figure(view, folder), f"{pairing}Dashed grey: the reference, with the range of its seeds. "
+    elif isinstance(view, Bars):
+        yield (
+            bars_figure(view, folder),
+            f"Differences of runs of the same seed, with {LEVEL:.0%} intervals (Student's t). Diamonds: the paper's "
+            "differences for changes of these names, at its scale. ",
+        )
+
+
+def _tiles(view: PartView) -> Iterator[tuple[str, str]]:
+    if isinstance(view, AllocationView | ScalingView):
+        yield from view.tiles()
+
+
+def _state(rows: Sequence[Row]) -> str:
+    status = {row["run_id"]: row["status"] for row in rows}
+    counts = {name: sum(value == name for value in status.values()) for name in ("done", "failed", "missing")}
+    text = f"{counts['done']} of {len(status)} runs finished"
+    return text + "".join(f", {counts[name]} {name}" for name in ("failed", "missing") if counts[name])
+
+
+def _certainty(page: Page, study: Study) -> None:
+    page.section(
+        "How sure this is",
+        f"All intervals hold with {LEVEL:.0%}. Runs of one seed see the same batches in the same order, so that "
+        "differences are taken within seeds: Student's t over seeds for a difference, a bootstrap over seeds for the "
+        "place of a minimum and for a slope. They cover the choice of seed and nothing else: not the corpus, not the "
+        "model's size. Of many differences that are none, one in ten passes as resolved.",
+    )
+    rows = []
+    for name, view in study.views.items():
+        notes = view.warnings()
+        rows.append([name, view.points.count, str(len(view.points.seeds)), "; ".join(notes) or "none"])
+    page.table(["part", "finished", "seeds", "warnings"], rows)

@@ -1,0 +1,81 @@
+"""Tables of a study's page: what every run holds, and where it came from."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from engram.report.page import Page
+from engram.sweep.tables import Row, axis_column
+from engram.sweep.views.points import Points
+
+NONE = "–"
+_COUNTED = (
+    *("total", "activated", "activated_as_paper", "memory", "rho_counted"),
+    *("experts", "rows", "shared_dim", "ffn_dim"),
+)
+
+
+def counted_table(
+    points: Points, rows: Sequence[Row], everything: Mapping[str, Points]
+) -> tuple[list[str], list[list[str]]]:
+    """Every run of a part with its counted parameters, and their deviation from the model without memory."""
+    header = ["run", *points.axes, "seed", *(name.replace("_", " ") for name in _COUNTED)]
+    header += ["total vs. base", "activated vs. base", "validation loss"]
+    table = []
+    for row in rows:
+        base = base_row(row, points, everything)
+        cells = [row["run_id"], *(_cell(row[axis_column(axis)]) for axis in points.axes), str(row["seed"])]
+        cells += [_cell(row[name]) for name in _COUNTED]
+        cells += [f"{100 * (row[name] / base[name] - 1):+.2f} %" if base else NONE for name in ("total", "activated")]
+        loss = row["val_loss"]
+        table.append([*cells, row["status"] if loss is None else f"{loss:.4f}"])
+    return header, table
+
+
+def base_row(row: Row, points: Points, everything: Mapping[str, Points]) -> Row | None:
+    """The point without memory that resembles `row` most: of its own part, else of any; None where there is none."""
+    shared = [axis_column(axis) for axis in points.axes]
+    for place in (points, *everything.values()):
+        without = [candidate for candidate in place.rows if candidate["memory"] == 0]
+        if without:
+            return max(without, key=lambda found: sum(found.get(name) == row.get(name) for name in shared))
+    return None
+
+
+def origin_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """How many runs each commit, machine and version of torch has trained."""
+    counts: dict[tuple[str, ...], int] = {}
+    for row in {row["run_id"]: row for row in rows if row["status"] != "missing"}.values():
+        origin = tuple(row[name] or NONE for name in ("commit", "machine", "torch"))
+        counts[origin] = counts.get(origin, 0) + 1
+    return ["commit", "machine", "torch", "runs"], [[*origin, str(count)] for origin, count in counts.items()]
+
+
+def run_list(rows: Sequence[Row]) -> str:
+    """One line for each run: id, who asks for it, and what trained it."""
+    asked: dict[str, list[str]] = {}
+    for row in rows:
+        asked.setdefault(row["run_id"], []).append(row["part"])
+    last = {row["run_id"]: row for row in rows}
+    lines = [f"{'run':14}{'status':9}{'seed':>5}{'steps':>8}{'seconds':>9}  {'commit':14}parts"]
+    for run_id, parts in asked.items():
+        row = last[run_id]
+        seconds = NONE if row["seconds"] is None else f"{row['seconds']:.0f}"
+        commit = (row["commit"] or NONE)[:12]
+        names = ", ".join(dict.fromkeys(parts))
+        lines.append(f"{run_id:14}{row['status']:9}{row['seed']:>5}{row['steps']:>8,}{seconds:>9}  {commit:14}{names}")
+    return "\n".join(lines)
+
+
+def folded(page: Page, summary: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+    """A long table that opens on a click."""
+    page.html(f"<details><summary>{escape(summary)}</summary>")
+    page.table(header, rows, caption)
+    page.html("</details>")
+
+
+def _cell(value: str | int | float | None) -> str:
+    if value is None:
+        return NONE
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else value
