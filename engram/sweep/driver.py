@@ -12,15 +12,17 @@ from types import FrameType
 
 from rich.console import Console
 
-from engram.report.text import duration
 from engram.sweep.display import Display
-from engram.sweep.grid import Run
+from engram.sweep.grid import Run, unique
 from engram.sweep.pool import Pool
-from engram.sweep.worker import Job, Outcome, last_lines
+from engram.sweep.worker import Job, Outcome
 
 # Seconds between two looks at the running processes, and at runs that another process trains.
 TICK, FOREIGN_TICK = 0.2, 2.0
 DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
+# Requests to stop after which trainings are killed: the first lets them save, the second ends them at once, but one
+# that hangs hears neither.
+_PATIENCE = 3
 
 
 def run_all(
@@ -32,24 +34,31 @@ def run_all(
     command: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> int:
-    """Train every run that is neither done nor failed, and return an exit status: 0, 1 (some failed) or 130.
+    """Train every run that is neither done nor failed; returns an exit status: 0 all done, 1 some are not, or 130.
 
     A run that another process is training is waited for, and trained here should that process give up. Failed runs of
-    earlier calls stay failed (`reset` frees them). Raises SweepError: a finished run is not what its name says.
+    earlier calls stay failed (`reset` frees them). Raises SweepError: the pool cannot be written, or a finished run is
+    not what its name says.
     """
+    runs = unique(list(runs))
+    pool.prepare()
     for run in runs:
-        pool.check_finished(run)
-    driver = _Driver(pool, jobs, fail_fast, command, Display(console or Console(stderr=True), runs, pool))
+        pool.check(run)
+    driver = _Driver(runs, pool, jobs, fail_fast, command, Display(console or Console(stderr=True), runs, pool))
     with driver.display, _signals(driver.interrupt):
-        driver.work(runs)
+        driver.work()
     return driver.conclude()
 
 
 def reset(runs: Iterable[Run], pool: Pool) -> list[Run]:
     """Free what failed or was lost, and return it."""
-    again = [run for run in runs if pool.state(run).status in ("failed", "lost")]
-    for run in again:
-        pool.write_job(run, status="pending", message="")
+    again = []
+    for run in runs:
+        if pool.state(run).status in ("failed", "lost"):
+            with pool.held(run) as mine:
+                if mine:
+                    pool.write_job(run, status="pending", message="")
+                    again.append(run)
     return again
 
 
@@ -61,39 +70,54 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    listed = subprocess.run(query, capture_output=True, text=True)
-    return listed.stdout.split() if listed.returncode == 0 else []
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
 
 
 class _Driver:
-    def __init__(self, pool: Pool, jobs: int, fail_fast: bool, command: Sequence[str] | None, display: Display) -> None:
-        self.pool, self.jobs, self.fail_fast, self.command = pool, jobs, fail_fast, command
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        pool: Pool,
+        jobs: int,
+        fail_fast: bool,
+        command: Sequence[str] | None,
+        display: Display,
+    ) -> None:
+        self.runs, self.pool, self.fail_fast, self.command = runs, pool, fail_fast, command
         self.display = display
-        self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-        self.gpus = visible_gpus()
+        self.waiting: deque[Run] = deque()
         # By slot, which decides the GPU.
         self.running: dict[int, Job] = {}
         self.foreign: list[Run] = []
         self.failed: list[tuple[Run, str]] = []
         self.failed_now = False
+        self._sort()
+        self.jobs = max(1, min(jobs, len(self.waiting)))
+        self.threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        self.gpus = visible_gpus()
         # Requests to stop, and how many of them each slot's training has been sent.
         self.interrupts = 0
         self._sent: dict[int, int] = {}
+        self._announced: set[str] = set()
         self._next_look = 0.0
 
-    def work(self, runs: Sequence[Run]) -> None:
-        waiting: deque[Run] = deque()
-        for run in runs:
+    def _sort(self) -> None:
+        for run in self.runs:
             state = self.pool.state(run)
             if state.status == "failed":
                 self.failed.append((run, f"failed before: {state.message}"))
             elif state.status != "done":
-                waiting.append(run)
-        while self.running or ((waiting or self.foreign) and not self._closed):
-            self._fill(waiting)
+                self.waiting.append(run)
+
+    def work(self) -> None:
+        while self.running or ((self.waiting or self.foreign) and not self._closed):
+            self._fill()
             self._pass_on_interrupts()
             self._poll()
-            self._look_at_foreign(waiting)
+            self._look_at_foreign()
             self.display.update([job.run for job in self.running.values()], self.foreign)
             time.sleep(TICK)
 
@@ -110,26 +134,26 @@ class _Driver:
         for slot, job in self.running.items():
             if self._sent[slot] < self.interrupts:
                 self._sent[slot] = self.interrupts
-                job.interrupt()
-                self.display.say(f"{job.run.id} ({job.run.label}): interrupted, saving")
+                if self.interrupts < _PATIENCE:
+                    job.interrupt()
+                else:
+                    job.kill()
+                words = ["saving", "stopping at once", "killed"][min(self.interrupts, _PATIENCE) - 1]
+                self.display.say(f"{job.run.id} ({job.run.label}): interrupted, {words}")
 
     def conclude(self) -> int:
-        """Say what failed, and how to go on."""
-        for run, message in self.failed:
-            self.display.say(f"\nfailed: {run.id} ({run.part}, {run.label}): {message}")
-            log = self.pool.log(run)
-            if log.exists():
-                self.display.say("  " + last_lines(log, 5).replace("\n", "\n  ") + f"\n  all of it: {log}")
-        if self.failed:
-            self.display.say("`retry --failed` trains them once more, from their last checkpoints")
+        """Say how it went, what failed, and how to go on."""
+        done = sum(self.pool.is_done(run) for run in self.runs)
+        # Another driver may have retried one with success.
+        self.display.conclude(done, [(run, message) for run, message in self.failed if not self.pool.is_done(run)])
         if self.interrupts:
             return INTERRUPTED
-        return SOME_FAILED if self.failed else DONE
+        return DONE if done == len(self.runs) else SOME_FAILED
 
-    def _fill(self, waiting: deque[Run]) -> None:
+    def _fill(self) -> None:
         free = [slot for slot in range(self.jobs) if slot not in self.running]
-        while waiting and free and not self._closed:
-            run = waiting.popleft()
+        while self.waiting and free and not self._closed:
+            run = self.waiting.popleft()
             gpu = self.gpus[free[0] % len(self.gpus)] if self.gpus else None
             job = Job.start(run, self.pool, threads=self.threads, gpu=gpu, command=self.command)
             if isinstance(job, Job):
@@ -138,7 +162,14 @@ class _Driver:
                 self.display.started(run)
             elif job.status == "elsewhere":
                 self.foreign.append(run)
-                self.display.say(f"{run.id} ({run.label}): another process is training it; waiting for it")
+                self._announce(run)
+            else:
+                self._ended(run, job, None)
+
+    def _announce(self, run: Run) -> None:
+        if run.id not in self._announced:
+            self._announced.add(run.id)
+            self.display.say(f"{run.id} ({run.label}): another process is training it; waiting for it")
 
     def _poll(self) -> None:
         for slot, job in list(self.running.items()):
@@ -147,13 +178,14 @@ class _Driver:
                 del self.running[slot]
                 self._ended(job.run, outcome, time.time() - job.started)
 
-    def _ended(self, run: Run, outcome: Outcome, seconds: float) -> None:
+    def _ended(self, run: Run, outcome: Outcome, seconds: float | None) -> None:
+        """`seconds`: that it took here, None where it was trained elsewhere or never began."""
         if outcome.status == "failed":
             self.failed.append((run, outcome.message))
             self.failed_now = True
-        self.display.ended(run, outcome, duration(seconds))
+        self.display.ended(run, outcome, seconds)
 
-    def _look_at_foreign(self, waiting: deque[Run]) -> None:
+    def _look_at_foreign(self) -> None:
         if not self.foreign or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + FOREIGN_TICK
@@ -163,11 +195,11 @@ class _Driver:
                 continue
             self.foreign.remove(run)
             if state.status == "done":
-                self.display.ended(run, Outcome("done"), "elsewhere")
+                self._ended(run, Outcome("done"), None)
             elif state.status == "failed":
-                self._ended(run, Outcome("failed", state.message), 0)
+                self._ended(run, Outcome("failed", state.message), None)
             else:
-                waiting.append(run)
+                self.waiting.append(run)
 
 
 @contextmanager

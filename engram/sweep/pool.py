@@ -10,24 +10,25 @@ The lock is held by whoever trains the run, down to the training process itself:
 import contextlib
 import fcntl
 import json
-import math
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engram.config import load_config
+from engram.config import ConfigError, load_config
 from engram.config_identity import run_id
 from engram.sweep.grid import Run
 from engram.sweep.spec import SweepError
+from engram.sweep.tail import last_metrics, number, read_object
 
 Status = Literal["done", "running", "failed", "lost", "pending"]
 # A run on another host counts as lost when its worker has not written for this long.
 LOST_AFTER_SECONDS = 120
-# Enough for a few lines of metrics with statistics.
-_TAIL_BYTES = 16_384
+# Whoever looks whether a lock is held has it for an instant: a claim tries again before it gives up.
+_CLAIM_TRIES, _CLAIM_PAUSE = 3, 0.01
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class Pool:
         """Output of all attempts at the run."""
         return self.job_folder(run) / "log.txt"
 
+    def is_done(self, run: Run) -> bool:
+        return self.finished_folder(run) is not None
+
     def finished_folder(self, run: Run) -> Path | None:
         """The folder whose done.json says that the run is finished: the pool's, else the copy in `out`."""
         for folder in (self.run_folder(run), self.out / "runs" / run.id):
@@ -68,12 +72,31 @@ class Pool:
                 return folder
         return None
 
-    def check_finished(self, run: Run) -> None:
-        """Raises SweepError: what counts as this run was trained with other settings."""
-        folder = self.finished_folder(run)
-        if folder is None or not (folder / "config.yaml").exists():
+    def prepare(self) -> None:
+        """Make the pool's folders. Raises SweepError: they cannot be written."""
+        try:
+            (self.pool / "jobs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SweepError(f"pool {self.pool}: cannot be written ({error.strerror}): choose another") from None
+
+    def check(self, run: Run) -> None:
+        """Raises SweepError: what is kept under the run's id, finished or begun, was trained with other settings."""
+        finished = self.finished_folder(run)
+        if finished is not None and not (finished / "config.yaml").exists():
+            raise SweepError(
+                f"{finished} has a done.json, but no config.yaml that says what was trained: move the folder away, "
+                "and the run is trained anew"
+            )
+        folder = finished or self.job_folder(run)
+        if not (folder / "config.yaml").exists():
             return
-        found = run_id(load_config(folder / "config.yaml"))
+        try:
+            found = run_id(load_config(folder / "config.yaml"))
+        except ConfigError:
+            # A job's own config is written anew at the next start.
+            if finished is None:
+                return
+            raise
         if found != run.id:
             raise SweepError(
                 f"{folder} holds run {found}, but its name says {run.id} ({run.label}): two configs with one id; move "
@@ -85,26 +108,39 @@ class Pool:
         folder = self.job_folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        for _ in range(_CLAIM_TRIES):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            time.sleep(_CLAIM_PAUSE)
+        os.close(lock)
+        return None
+
+    @contextlib.contextmanager
+    def held(self, run: Run) -> Iterator[bool]:
+        """Whether the run's lock could be taken; it is kept while the block lasts."""
+        lock = self.claim(run)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        return lock
+            yield lock is not None
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def is_trained_by_hand(self, run: Run) -> bool:
+        """Whether a `train.py` that nobody here has started holds the run folder. Ask before a start, not to look on:
+        the question itself could turn away a training that begins at this instant.
+        """
+        return _is_locked(self.run_folder(run) / "lock")
 
     def read_job(self, run: Run) -> dict[str, Any]:
         """Content of state.json; empty where there is none, or none that can be read."""
-        try:
-            content = json.loads((self.job_folder(run) / "state.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return read_object(self.job_folder(run) / "state.json")
 
     def write_job(self, run: Run, **changes: Any) -> None:
         """Change entries of state.json in one step; a job folder that was deleted comes back."""
         content = {**self.read_job(run), **changes}
         path = self.job_folder(run) / "state.json"
-        building = path.with_name(f".state.{os.getpid()}")
+        building = path.with_name(f".state.{socket.gethostname()}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         building.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(building, path)
@@ -115,11 +151,16 @@ class Pool:
         common = dict(steps=steps, attempt=job.get("attempt", 0), host=job.get("host", ""))
         finished = self.finished_folder(run)
         if finished is not None:
-            last = {**self.last_line(finished), **_read_json(finished / "done.json")}
+            last = last_metrics(finished / "metrics.jsonl") | read_object(finished / "done.json")
             return RunState("done", **common, **_progress(last, steps, run.config.tokens_per_step))
-        progress = _progress(self.last_line(self.run_folder(run)), steps, run.config.tokens_per_step)
+        last = last_metrics(self.run_folder(run) / "metrics.jsonl")
         status, message = self._unfinished(run, job)
-        return RunState(status, **common, **progress, message=message)
+        return RunState(status, **common, **_progress(last, steps, run.config.tokens_per_step), message=message)
+
+    def runs_on_another_host(self, run: Run) -> bool:
+        """By its heartbeat: not every file system carries locks from host to host."""
+        job = self.read_job(run)
+        return job.get("status") == "running" and job.get("host") != socket.gethostname() and _beats(job)
 
     def _unfinished(self, run: Run, job: dict[str, Any]) -> tuple[Status, str]:
         message = str(job.get("message", ""))
@@ -127,51 +168,37 @@ class Pool:
             return "failed", message
         if job.get("status") != "running":
             return "pending", message
-        if job.get("host") == socket.gethostname():
-            alive = self._is_locked(run)
-        else:
-            alive = time.time() - float(job.get("heartbeat", 0)) < LOST_AFTER_SECONDS
+        here = job.get("host") == socket.gethostname()
+        alive = _is_locked(self.job_folder(run) / "lock") if here else _beats(job)
         return ("running", message) if alive else ("lost", "its worker is gone")
 
-    def _is_locked(self, run: Run) -> bool:
-        lock = self.claim(run)
-        if lock is None:
-            return True
-        os.close(lock)
-        return False
 
-    def last_line(self, folder: Path) -> dict[str, Any]:
-        """The last whole line of a run's metrics.jsonl; empty where there is none."""
-        with contextlib.suppress(OSError), open(folder / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            # What follows the last line feed is still being written.
-            for line in reversed(file.read().split(b"\n")[:-1]):
-                with contextlib.suppress(ValueError):
-                    found = json.loads(line)
-                    if isinstance(found, dict):
-                        return found
-        return {}
+def _beats(job: dict[str, Any]) -> bool:
+    return time.time() - (number(job.get("heartbeat")) or 0) < LOST_AFTER_SECONDS
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _is_locked(path: Path) -> bool:
+    """Asked with a shared lock and read access: onlookers need no right to write, and do not see each other."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        lock = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def _progress(line: dict[str, Any], steps: int, tokens_per_step: int) -> dict[str, Any]:
-    step, speed = line.get("step"), _number(line.get("tokens_per_second"))
+    step, speed = line.get("step"), number(line.get("tokens_per_second"))
     step = step if isinstance(step, int) else 0
     return dict(
         step=step,
-        loss=_number(line.get("loss")),
-        val_loss=_number(line.get("val_loss")),
+        loss=number(line.get("loss")),
+        val_loss=number(line.get("val_loss")),
         tokens_per_second=speed,
         seconds_left=(steps - step) * tokens_per_step / speed if speed else None,
     )
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None

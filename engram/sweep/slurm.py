@@ -1,6 +1,7 @@
 """The runs of a sweep as one job array, through submitit (extra `slurm`)."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from engram.config_identity import run_id
 from engram.sweep.grid import Run
 from engram.sweep.pool import Pool
 from engram.sweep.spec import SlurmConfig, SweepError
-from engram.sweep.worker import Job, Outcome
+from engram.sweep.worker import Job, execute
 
 
 class Training:
@@ -21,33 +22,37 @@ class Training:
     def __init__(self) -> None:
         self._job: Job | None = None
 
-    def __call__(self, config: str, part: str, point: str, pool: str, out: str) -> str:
+    def __call__(self, config: str, part: str, point: str, pool: str, out: str, threads: int) -> str:
         """Train the run of a config file; returns how it ended. Raises RuntimeError where it failed."""
         settings = load_config(config)
         run = Run(run_id(settings), part, json.loads(point), settings.seed, settings)
-        job = Job.start(run, Pool(Path(pool), Path(out)))
-        outcome = job if isinstance(job, Outcome) else self._wait(job)
+        # A task may see fewer cores than it was promised, and training refuses more threads than cores.
+        threads = min(threads, len(os.sched_getaffinity(0)))
+        # What a cluster sends to a job that is cancelled.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: self._interrupt())
+        try:
+            outcome = execute(run, Pool(Path(pool), Path(out)), threads=threads, on_start=self._remember)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if outcome.status == "failed":
             raise RuntimeError(f"{run.id} ({run.label}): {outcome.message}")
         return outcome.status
 
-    def _wait(self, job: Job) -> Outcome:
-        self._job = job
-        # What a cluster sends to a job that is cancelled.
-        signal.signal(signal.SIGTERM, lambda number, frame: job.interrupt())
-        while (outcome := job.poll()) is None:
-            time.sleep(0.5)
-        return outcome
-
-    def checkpoint(self, *arguments: str) -> Any:
+    def checkpoint(self, *arguments: Any) -> Any:
         """Called before a preemption or the end of the time limit: save, and queue the rest."""
         import submitit
 
+        self._interrupt()
+        while self._job is not None and self._job.poll() is None:
+            time.sleep(0.5)
+        return submitit.helpers.DelayedSubmission(Training(), *arguments)
+
+    def _remember(self, job: Job) -> None:
+        self._job = job
+
+    def _interrupt(self) -> None:
         if self._job is not None:
             self._job.interrupt()
-            while self._job.poll() is None:
-                time.sleep(0.5)
-        return submitit.helpers.DelayedSubmission(Training(), *arguments)
 
 
 def submit(runs: Sequence[Run], pool: Pool, slurm: SlurmConfig, *, cluster: str, dry_run: bool = False) -> list[str]:
@@ -56,7 +61,7 @@ def submit(runs: Sequence[Run], pool: Pool, slurm: SlurmConfig, *, cluster: str,
     Raises SweepError: submitit is not installed, or there is no Slurm here.
     """
     for run in runs:
-        pool.check_finished(run)
+        pool.check(run)
     waiting = [run for run in runs if pool.state(run).status in ("pending", "lost")]
     parameters = _parameters(slurm, cluster)
     if dry_run:
@@ -64,25 +69,27 @@ def submit(runs: Sequence[Run], pool: Pool, slurm: SlurmConfig, *, cluster: str,
         return [f"{len(waiting)} runs to {cluster} with {settings}", *(f"{run.id}  {run.label}" for run in waiting)]
     if not waiting:
         return []
+    pool.prepare()
     executor = _executor(pool, cluster)
     executor.update_parameters(**parameters)
-    for run in waiting:
-        folder = pool.job_folder(run)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(run.config, folder / "config.yaml")
-        pool.write_job(run, status="pending", message="being submitted")
-    columns = zip(*(_arguments(run, pool) for run in waiting), strict=True)
-    jobs = executor.map_array(Training(), *columns)
-    for run, job in zip(waiting, jobs, strict=True):
-        # A task that has started by now has more to say.
-        if pool.read_job(run).get("status") == "pending":
-            pool.write_job(run, message=f"submitted as {job.job_id}")
-    return [job.job_id for job in jobs]
+    ready = [run for run in waiting if _make_ready(run, pool, cluster)]
+    columns = zip(*(_arguments(run, pool, slurm.cpus_per_task) for run in ready), strict=True)
+    return [job.job_id for job in executor.map_array(Training(), *columns)] if ready else []
 
 
-def _arguments(run: Run, pool: Pool) -> tuple[str, ...]:
+def _make_ready(run: Run, pool: Pool, cluster: str) -> bool:
+    """Write down what the task will read; False where a driver has taken the run by now."""
+    with pool.held(run) as mine:
+        if mine:
+            save_config(run.config, pool.job_folder(run) / "config.yaml")
+            pool.write_job(run, status="pending", message=f"submitted to {cluster}")
+        return mine
+
+
+def _arguments(run: Run, pool: Pool, threads: int) -> tuple[str | int, ...]:
     config = pool.job_folder(run) / "config.yaml"
-    return str(config.absolute()), run.part, json.dumps(run.point), str(pool.pool.absolute()), str(pool.out.absolute())
+    folders = str(pool.pool.absolute()), str(pool.out.absolute())
+    return str(config.absolute()), run.part, json.dumps(run.point), *folders, threads
 
 
 def _executor(pool: Pool, cluster: str) -> Any:

@@ -46,10 +46,13 @@ def as_json(runs: Sequence[Run], pool: Pool) -> Iterator[dict[str, Any]]:
 
 def watch(runs: Sequence[Run], pool: Pool, console: Console | None = None) -> None:
     """Show what is not done yet, until nothing is left or Ctrl-C."""
+    done: dict[str, RunState] = {}
     with Live(console=console or Console(), auto_refresh=False) as live:
         while True:
-            states = [pool.state(run) for run in runs]
-            # The latest few that are done, for their losses; a screen has no room for all.
+            # What is done stays so: it is read once.
+            states = [done.get(run.id) or pool.state(run) for run in runs]
+            done = {run.id: state for run, state in zip(runs, states, strict=True) if state.status == "done"}
+            # Those that need a look first; a screen has no room for all.
             open_ones = [pair for pair in zip(runs, states, strict=True) if pair[1].status != "done"]
             open_ones.sort(key=lambda pair: list(_COLOURS).index(pair[1].status))
             room = max(5, live.console.height - 6)
@@ -71,8 +74,8 @@ def _table(runs: Sequence[Run], states: Sequence[RunState]) -> Table:
         running = state.status == "running"
         lines.add_row(
             run.id,
-            run.part,
-            run.label,
+            Text(run.part),
+            Text(run.label),
             Text(state.status, style=_COLOURS[state.status]),
             f"{state.step}/{state.steps}",
             _number(state.loss, ".4f"),

@@ -1,19 +1,21 @@
 """One run, trained by `train.py` in a process of its own, with its lock, its state and its log."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from engram.config import save_config
 from engram.sweep.grid import Run
 from engram.sweep.pool import Pool
+from engram.sweep.tail import last_lines
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 HEARTBEAT_SECONDS = 10.0
@@ -24,20 +26,27 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Outcome:
-    """`elsewhere`: another process is training the run. `interrupted`: it saved, and goes on at the next start."""
+    """`elsewhere`: another process is training the run. `interrupted`: it goes on from its last checkpoint when started.
+
+    `exit_code` is the training's, negative for a signal; None where no training has ended here.
+    """
 
     status: Literal["done", "failed", "interrupted", "elsewhere"]
     message: str = ""
+    exit_code: int | None = None
 
 
 class Job:
     """A training process, and the run's lock, which that process holds as well."""
 
-    def __init__(self, run: Run, pool: Pool, process: subprocess.Popen[bytes], lock: int) -> None:
+    def __init__(self, run: Run, pool: Pool, process: subprocess.Popen[bytes], lock: int, log_start: int) -> None:
         self.run, self.pool = run, pool
-        self.process = process
         self.started = self._beaten = time.time()
-        self._lock = lock
+        self._process, self._lock = process, lock
+        # Where the output of this attempt begins in the log.
+        self._log_start = log_start
+        self._outcome: Outcome | None = None
+        self._killed = False
 
     @classmethod
     def start(
@@ -49,97 +58,144 @@ class Job:
         gpu: str | None = None,
         command: Sequence[str] | None = None,
     ) -> Self | Outcome:
-        """Start training, or say why not: done by now, or another process trains it.
+        """Start training, or say why not: done or failed by now, trained by another process, or it cannot be started.
 
         threads: of the training, unless its config says how many. command: in place of `python train.py`.
         """
-        lock = pool.claim(run)
-        if lock is None:
-            return Outcome("elsewhere")
-        try:
-            # Finished by another driver between a look at its state and the claim.
-            if pool.finished_folder(run) is not None:
-                os.close(lock)
-                return Outcome("done")
-            process = _spawn(run, pool, lock, threads, gpu, command or (sys.executable, str(TRAIN)))
-        except BaseException:
-            os.close(lock)
-            raise
-        job = cls(run, pool, process, lock)
-        attempt = pool.read_job(run).get("attempt", 0) + 1
+        with contextlib.ExitStack() as stack:
+            try:
+                lock = pool.claim(run)
+                if lock is None:
+                    return Outcome("elsewhere")
+                stack.callback(os.close, lock)
+                settled = _settled(run, pool)
+                if settled is not None:
+                    return settled
+                job = cls._start(run, pool, lock, threads, gpu, command or (sys.executable, str(TRAIN)))
+            except OSError as error:
+                outcome = Outcome("failed", f"cannot be started: {error}")
+                _note(pool, run, status="failed", message=outcome.message)
+                return outcome
+            # From here on the lock is the job's.
+            stack.pop_all()
+            return job
+
+    @classmethod
+    def _start(
+        cls, run: Run, pool: Pool, lock: int, threads: int | None, gpu: str | None, command: Sequence[str]
+    ) -> Self:
+        now, attempt = time.time(), pool.read_job(run).get("attempt", 0) + 1
+        # Written before the training exists: should this process die in between, the run is lost, not unknown.
         pool.write_job(
             run,
             status="running",
             attempt=attempt,
-            pid=process.pid,
+            pid=None,
             host=socket.gethostname(),
-            started=job.started,
-            heartbeat=job.started,
+            started=now,
+            heartbeat=now,
             ended=None,
             exit_code=None,
             message="",
         )
-        return job
+        with open(pool.log(run), "ab") as log:
+            when = time.strftime("%Y-%m-%d %H:%M:%S")
+            log.write(f"--- attempt {attempt} on {socket.gethostname()}, {when}\n".encode())
+            log.flush()
+            log_start = log.tell()
+            process = _spawn(run, pool, lock, log.fileno(), threads, gpu, command)
+        _note(pool, run, pid=process.pid)
+        return cls(run, pool, process, lock, log_start)
 
     def poll(self) -> Outcome | None:
         """The outcome of a training that has ended; None, and a heartbeat now and then, while it goes on."""
-        code = self.process.poll()
+        if self._outcome is not None:
+            return self._outcome
+        code = self._process.poll()
         if code is None:
             now = time.time()
             if now - self._beaten >= HEARTBEAT_SECONDS:
                 self._beaten = now
-                self.pool.write_job(self.run, heartbeat=now)
+                _note(self.pool, self.run, heartbeat=now)
             return None
-        outcome = self._outcome(code)
+        self._outcome = outcome = self._judge(code)
         status = "pending" if outcome.status == "interrupted" else outcome.status
-        self.pool.write_job(self.run, status=status, ended=time.time(), exit_code=code, message=outcome.message)
+        _note(self.pool, self.run, status=status, ended=time.time(), exit_code=code, message=outcome.message)
         os.close(self._lock)
         return outcome
 
     def interrupt(self) -> None:
         """Ask the training to save and stop."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+        if self._outcome is None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
 
-    def _outcome(self, code: int) -> Outcome:
-        if code == DONE and self.pool.finished_folder(self.run) is not None:
-            return Outcome("done")
-        if code == INTERRUPTED:
-            return Outcome("interrupted", "interrupted")
-        said = last_lines(self.pool.log(self.run), 1)
+    def kill(self) -> None:
+        """End the training and whatever it has started, without saving."""
+        if self._outcome is None and self._process.poll() is None:
+            self._killed = True
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _judge(self, code: int) -> Outcome:
+        if code == DONE and self.pool.is_done(self.run):
+            return Outcome("done", exit_code=code)
+        if code == INTERRUPTED or self._killed:
+            return Outcome("interrupted", "goes on from its last checkpoint at the next call", code)
+        return Outcome("failed", self._reason(code), code)
+
+    def _reason(self, code: int) -> str:
         if code < 0:
-            return Outcome("failed", f"killed by signal {-code} ({signal.Signals(-code).name})")
-        if code == DONE:
-            return Outcome("failed", "ended without finishing: its run folder was removed, or train.stop_after is set")
+            return f"killed by signal {-code} ({_signal_name(-code)})"
         if code == DIVERGED:
-            return Outcome("failed", "diverged: its run folder holds a post-mortem")
-        return Outcome("failed", f"exit status {code}: {said}")
+            return "diverged: its run folder holds a post-mortem"
+        said = last_lines(self.pool.log(self.run), 1, self._log_start)
+        if not self.pool.run_folder(self.run).exists() and not said.startswith("error:"):
+            return f"its run folder was removed while it trained (exit status {code})"
+        if code == DONE:
+            return "ended without finishing: train.stop_after is set, or its done.json was removed"
+        return f"exit status {code}: {said or 'it said nothing'}"
 
 
-def execute(run: Run, pool: Pool, *, threads: int | None = None, command: Sequence[str] | None = None) -> Outcome:
-    """Train one run to its end, as a cluster's job does."""
-    job = Job.start(run, pool, threads=threads, command=command)
+def execute(
+    run: Run,
+    pool: Pool,
+    *,
+    threads: int | None = None,
+    gpu: str | None = None,
+    command: Sequence[str] | None = None,
+    on_start: Callable[[Job], None] | None = None,
+) -> Outcome:
+    """Train one run to its end, as a cluster's job does. `on_start` is given the job, to interrupt it from outside."""
+    job = Job.start(run, pool, threads=threads, gpu=gpu, command=command)
     if isinstance(job, Outcome):
         return job
+    if on_start is not None:
+        on_start(job)
     while (outcome := job.poll()) is None:
         time.sleep(0.5)
     return outcome
 
 
-def last_lines(path: Path, count: int) -> str:
-    """The last `count` lines of a log that say something."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return f"{path} cannot be read"
-    return "\n".join([line for line in lines if line.strip()][-count:])
+def _settled(run: Run, pool: Pool) -> Outcome | None:
+    """What other processes have made of the run between a look at its state and the claim."""
+    if pool.is_done(run):
+        return Outcome("done")
+    if pool.runs_on_another_host(run) or pool.is_trained_by_hand(run):
+        return Outcome("elsewhere")
+    job = pool.read_job(run)
+    return Outcome("failed", str(job.get("message", ""))) if job.get("status") == "failed" else None
+
+
+def _note(pool: Pool, run: Run, **changes: Any) -> None:
+    """A full disk or a folder that was deleted stops no training; without the note the run counts as lost."""
+    with contextlib.suppress(OSError):
+        pool.write_job(run, **changes)
 
 
 def _spawn(
-    run: Run, pool: Pool, lock: int, threads: int | None, gpu: str | None, command: Sequence[str]
+    run: Run, pool: Pool, lock: int, log: int, threads: int | None, gpu: str | None, command: Sequence[str]
 ) -> subprocess.Popen[bytes]:
-    folder = pool.job_folder(run)
-    save_config(run.config, folder / "config.yaml")
+    path = pool.job_folder(run) / "config.yaml"
+    save_config(run.config, path)
     environment = dict(os.environ)
     overrides = []
     if threads is not None and run.config.train.threads is None:
@@ -147,14 +203,20 @@ def _spawn(
         environment |= dict.fromkeys(_THREADS, str(threads))
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    with open(pool.log(run), "ab") as log:
-        return subprocess.Popen(
-            [*command, str(folder / "config.yaml"), *overrides],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            # Ctrl-C reaches the driver alone, which then asks every training to save.
-            start_new_session=True,
-            pass_fds=(lock,),
-        )
+    return subprocess.Popen(
+        [*command, str(path), *overrides],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        # Ctrl-C reaches the driver alone, which then asks every training to save.
+        start_new_session=True,
+        pass_fds=(lock,),
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unnamed"

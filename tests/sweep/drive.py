@@ -1,16 +1,47 @@
-"""A driver in a process of its own, which tests may kill: python -m tests.sweep.drive SWEEP JOBS"""
+"""Sweeps of a trainer that does what it is told, and a driver in a process of its own, which tests may kill:
+
+python -m tests.sweep.drive SWEEP JOBS
+"""
 
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from engram.sweep.driver import run_all
-from engram.sweep.grid import expand, unique
+from engram.sweep.grid import Run, expand, unique
 from engram.sweep.pool import Pool
 from engram.sweep.spec import load_sweep
+from tests.sweep.build import write_sweep
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_train.py")))
 
+
+def build(folder: Path, *prompts: str, seeds: int = 1) -> tuple[Path, list[Run], Pool]:
+    """A sweep whose run number i does what prompts[i] says."""
+    kinds = {f"run{i}": {"eval.prompt": prompt, "optim.lr": (i + 1) / 100} for i, prompt in enumerate(prompts)}
+    path = write_sweep(folder, axes={"kind": kinds}, seeds=list(range(seeds)))
+    return path, *load(path)
+
+
+def load(path: Path) -> tuple[list[Run], Pool]:
+    sweep = load_sweep(path)
+    return unique(expand(sweep)), Pool(sweep.pool, sweep.out)
+
+
+def ledger(pool: Pool, word: str) -> list[str]:
+    """Ids of the runs whose trainer noted `word`, in order."""
+    lines = (pool.pool / "ledger").read_text().splitlines() if (pool.pool / "ledger").exists() else []
+    return [line.split()[0] for line in lines if line.split()[1] == word]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
 if __name__ == "__main__":
-    sweep = load_sweep(sys.argv[1])
-    runs = unique(expand(sweep))
-    sys.exit(run_all(runs, Pool(sweep.pool, sweep.out), jobs=int(sys.argv[2]), command=FAKE))
+    runs, pool = load(Path(sys.argv[1]))
+    sys.exit(run_all(runs, pool, jobs=int(sys.argv[2]), command=FAKE))

@@ -1,6 +1,7 @@
 """Stands in for train.py: does at once what the config's `eval.prompt` says, and notes in a ledger that it was called.
 
-Prompts: `sleep SECONDS`, `fail`, `diverge`, `stop` (ends without finishing).
+Prompts: `sleep SECONDS`, `fail`, `mute` (fails without a word), `diverge`, `stop` (ends without finishing), `die` (by a
+signal), `hang` (hears no SIGINT).
 """
 
 import json
@@ -17,16 +18,22 @@ def main(path: str, *overrides: str) -> int:
     config = yaml.safe_load(Path(path).read_text())
     folder, (what, *rest) = Path(config["run_dir"]), config["eval"]["prompt"].split()
     folder.mkdir(parents=True, exist_ok=True)
-    note(folder, "start", *overrides, f"OMP={os.environ.get('OMP_NUM_THREADS')}")
+    handler = signal.SIG_IGN if what == "hang" else lambda number, frame: interrupted(folder)
+    signal.signal(signal.SIGINT, handler)
+    environment = [f"{name}={os.environ.get(name)}" for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
+    note(folder, "start", *overrides, *environment)
     (folder / "config.yaml").write_text(Path(path).read_text())
-    signal.signal(signal.SIGINT, lambda number, frame: interrupted(folder))
+    if what == "mute":
+        return 1
     print("the fake trainer speaks", flush=True)
     if what == "fail":
         print("error: it was told to fail", flush=True)
         return 2
     if what == "diverge":
         return 3
-    steps, seconds = config["train"]["steps"], float(rest[0]) if rest else 0.0
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    steps, seconds = config["train"]["steps"], 60.0 if what == "hang" else float(rest[0]) if rest else 0.0
     for step in range(1, steps + 1):
         line = {"step": step, "tokens": step * 64, "loss": 5 - step / 10, "tokens_per_second": 100.0}
         with open(folder / "metrics.jsonl", "a") as file:

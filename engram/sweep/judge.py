@@ -1,0 +1,283 @@
+"""Where the optimum of an allocation curve lies, and whether the seeds say so.
+
+Verdicts, in this order:
+- "not resolved": one seed, too few runs to know their noise, or differences between ratios that the noise of runs alone
+  makes in more than 5 % of cases (F test, after seeds' common levels are taken away);
+- "no interior minimum": in most draws of the seeds the curve's minimum is at an end of the measured range;
+- "interior minimum": all else. From 10 % of draws at an end on, the sentence says that an end is not excluded.
+
+A minimum nearer to an end than to the next measured ratio counts as at the end, since no run tells them apart.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import f as f_distribution
+
+from engram.config_file import UserError
+from engram.sweep.paired import (
+    Additive,
+    Difference,
+    Interval,
+    additive,
+    central_interval,
+    paired_difference,
+    resampled_means,
+)
+from engram.sweep.u_curve import Family, Parabola, TwoTerm, fit_parabola
+
+Array = NDArray[np.float64]
+Verdict = Literal["interior minimum", "no interior minimum", "not resolved"]
+
+# The paper's recommended share of experts (its text says 75 to 80 %).
+PAPERS_CHOICE = 0.8
+FEWEST_RATIOS = 5
+# Probability below which differences between ratios are taken as more than noise.
+_RESOLVED = 0.05
+# Share of draws with their minimum at an end that is worth saying.
+_NOT_EXCLUDED = 0.1
+# Share of the depth below which a misfit does not matter.
+_SMALL = 0.02
+_PLACES = 401
+# Floor and scale of one term: bounds leave the rest less freedom than a parameter each, and fewer count as caution.
+_PARAMETERS = 2
+
+
+@dataclass(frozen=True)
+class Regret:
+    """What the ratio `rho` costs on the fitted curve above its minimum, nats per token."""
+
+    rho: float
+    loss: float
+    interval: Interval | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rho": self.rho, "loss": self.loss, "interval": self.interval}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the curve of one budget says; intervals are None with one seed, or too few runs to know their noise."""
+
+    rho: tuple[float, ...]
+    # Means over seeds.
+    loss: tuple[float, ...]
+    seeds: int
+    level: float
+    verdict: Verdict
+    curve: TwoTerm
+    parabola: Parabola
+    # Median over draws; with one seed that of the fit.
+    argmin: float
+    argmin_interval: Interval | None
+    # The fit's value at its own minimum.
+    loss_at_minimum: float
+    # From the fitted curve's higher end down to its minimum.
+    depth: float
+    # Noise of one run beside what its seed does at all ratios; None where nothing is left to estimate it from.
+    seed_sd: float | None
+    p_value: float | None
+    # Shares of draws with their minimum at the lower and upper end.
+    at_ends: tuple[float, float] | None
+    # The measured ratio of the lowest mean, and the others whose paired difference from it is not resolved.
+    best: float
+    tied: tuple[float, ...]
+    # The best measured ratio minus rho = 1, as measured; None where rho = 1 was not.
+    against_moe: Difference | None
+    # None where the ratio lies outside the measured range.
+    regret_moe: Regret | None
+    regret_parabola: Regret
+    regret_paper: Regret | None
+    warnings: tuple[str, ...]
+    # The minimum's place in each draw.
+    resampled: Array = field(repr=False, compare=False)
+
+    @property
+    def says(self) -> str:
+        """The verdict in one sentence, with its reason."""
+        if self.argmin_interval is None or self.at_ends is None:
+            known = "one seed" if self.seeds == 1 else "too few runs to know their noise"
+            return f"{known}: not resolved; the fit's minimum is at rho = {self.argmin:.2f}"
+        if self.verdict == "not resolved":
+            return f"not resolved: seeds differ as much as ratios do (p = {self.p_value:.2f})"
+        lower, upper = self.at_ends
+        if self.verdict == "no interior minimum":
+            end, share = (self.rho[0], lower) if lower > upper else (self.rho[-1], upper)
+            other = f" ({lower + upper - share:.0%} at the other end)" if share <= 0.5 else ""
+            return f"no interior minimum: lowest at the end of the range, rho = {end:g}, in {share:.0%} of draws{other}"
+        low, high = self.argmin_interval
+        text = f"interior minimum at rho = {self.argmin:.2f} ({low:.2f} to {high:.2f}, {self.level:.0%})"
+        text += f", {self.depth:.4f} nats below the higher end"
+        if lower + upper < _NOT_EXCLUDED:
+            return text
+        return f"{text}; {lower + upper:.0%} of draws have it at an end of the range, which is not excluded"
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "resampled"}
+        plain = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in plain.items()}
+        return {**plain, "says": self.says}
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where the second budget's optimum lies minus the first's."""
+
+    difference: float
+    interval: Interval | None
+    verdict: Literal["moves", "not resolved"]
+    says: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "difference": self.difference,
+            "interval": self.interval,
+            "verdict": self.verdict,
+            "says": self.says,
+        }
+
+
+def judge(rho: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: int = 0, level: float = 0.9) -> Allocation:
+    """Fit the means over seeds of `loss` [n, s] at `rho` [n], and refit them for `samples` draws over seeds.
+
+    A missing run is NaN. Raises UserError: fewer than three ratios with a finished run.
+    """
+    rho, loss = _finished(np.asarray(rho, dtype=float), np.asarray(loss, dtype=float))
+    low, high = float(rho[0]), float(rho[-1])
+    found = additive(loss)
+    family = Family(rho)
+    curve, parabola = family.polished(found.means), fit_parabola(rho, found.means)
+    minimum = curve.argmin(low, high)
+    places = np.linspace(low, high, _PLACES)
+    curves = family.curves(resampled_means(found, samples, seed), places)
+    # The grid of shapes is coarse: its minimum of the means is where the refined one should be.
+    coarse = places[np.argmin(family.curves(found.means[None], places))]
+    resampled = _at_ends(rho, places[np.argmin(curves, axis=1)] + minimum - coarse)
+    loss_at_minimum = float(curve.predict(minimum))
+
+    def regret(at: float) -> Regret | None:
+        if not low <= at <= high:
+            return None
+        value = float(curve.predict(at)) - loss_at_minimum
+        # Every draw's curve at `at`, between its neighbours on the grid.
+        position = (at - low) / (high - low) * (_PLACES - 1)
+        left = min(int(position), _PLACES - 2)
+        here = curves[:, left] + (position - left) * (curves[:, left + 1] - curves[:, left])
+        return Regret(at, max(value, 0.0), central_interval(np.maximum(here - curves.min(axis=1), 0.0), level))
+
+    at_parabola = regret(parabola.argmin(low, high))
+    assert at_parabola is not None
+    best = int(np.argmin(found.means))
+    ends = (float(np.mean(resampled == low)), float(np.mean(resampled == high))) if len(resampled) else None
+    interval = central_interval(resampled, level)
+    verdict = _verdict(found, ends)
+    argmin = float(np.median(resampled)) if len(resampled) else minimum
+    depth = float(curve.predict([low, high]).max()) - loss_at_minimum
+    return Allocation(
+        rho=tuple(float(value) for value in rho),
+        loss=tuple(float(value) for value in found.means),
+        seeds=loss.shape[1],
+        level=level,
+        verdict=verdict,
+        curve=curve,
+        parabola=parabola,
+        argmin=argmin,
+        argmin_interval=interval,
+        loss_at_minimum=loss_at_minimum,
+        depth=depth,
+        seed_sd=found.noise,
+        p_value=found.p_value,
+        at_ends=ends,
+        best=float(rho[best]),
+        tied=_tied(rho, loss, best, level),
+        against_moe=_difference(loss[best], loss[-1], level) if high == 1 else None,
+        regret_moe=regret(1.0),
+        regret_parabola=at_parabola,
+        regret_paper=regret(PAPERS_CHOICE),
+        warnings=_warnings(rho, loss, found, depth, curve.rmse),
+        resampled=resampled,
+    )
+
+
+def compare(a: Allocation, b: Allocation, *, seed: int = 0) -> Move:
+    """Whether the optimum of `b` lies elsewhere than that of `a`, both taken as independent of each other."""
+    difference = b.argmin - a.argmin
+    count = min(len(a.resampled), len(b.resampled))
+    if not count:
+        return Move(
+            difference, None, "not resolved", "one seed or too few runs: whether the optimum moves is not resolved"
+        )
+    shuffled = np.random.default_rng(seed).permutation(b.resampled)[:count]
+    interval = central_interval(shuffled - a.resampled[:count], a.level)
+    assert interval is not None
+    shown = f"by {difference:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})"
+    if "not resolved" in (a.verdict, b.verdict):
+        return Move(difference, interval, "not resolved", "a curve that is not resolved has no optimum that could move")
+    if interval[0] <= 0 <= interval[1]:
+        return Move(difference, interval, "not resolved", f"whether the optimum moves is not resolved: {shown}")
+    return Move(difference, interval, "moves", f"the optimum moves {shown}")
+
+
+def _finished(rho: Array, loss: Array) -> tuple[Array, Array]:
+    """Ratios and seeds that have a finished run, by ascending ratio."""
+    loss = loss[:, None] if loss.ndim == 1 else loss
+    points, seeds = np.isfinite(loss).any(axis=1), np.isfinite(loss).any(axis=0)
+    rho, loss = rho[points], loss[np.ix_(points, seeds)]
+    if len(np.unique(rho)) < 3:
+        raise UserError(f"a curve through {len(np.unique(rho))} ratios cannot be judged: finish runs at 3 or more")
+    order = np.argsort(rho)
+    return rho[order], loss[order]
+
+
+def _verdict(found: Additive, ends: tuple[float, float] | None) -> Verdict:
+    if ends is None or found.p_value is None or not found.p_value < _RESOLVED:
+        return "not resolved"
+    return "no interior minimum" if sum(ends) > 0.5 else "interior minimum"
+
+
+def _at_ends(rho: Array, places: Array) -> Array:
+    """Places nearer to an end than to the next ratio are put at the end."""
+    first, second, *_ = different = np.unique(rho)
+    before, last = different[-2:]
+    at_first, at_last = places < (first + second) / 2, places > (before + last) / 2
+    return np.where(at_first, first, np.where(at_last, last, places))
+
+
+def _tied(rho: Array, loss: Array, best: int, level: float) -> tuple[float, ...]:
+    differences = {index: _difference(loss[index], loss[best], level) for index in range(len(rho)) if index != best}
+    return tuple(float(rho[index]) for index, found in differences.items() if found is None or not found.resolved)
+
+
+def _difference(a: Array, b: Array, level: float) -> Difference | None:
+    """None where no seed has finished both."""
+    return paired_difference(a, b, level) if np.isfinite(a - b).any() else None
+
+
+def _warnings(rho: Array, loss: Array, found: Additive, depth: float, rmse: float) -> tuple[str, ...]:
+    notes = []
+    if len(rho) < FEWEST_RATIOS:
+        notes.append(f"{len(rho)} ratios, fewer than {FEWEST_RATIOS}: the curve's shape is an assumption")
+    if loss.shape[1] == 1:
+        notes.append("one seed: no intervals")
+    elif loss.shape[1] == 2:
+        notes.append("two seeds: intervals are several times as long as with three")
+    if found.noise is not None and found.noise > depth / 4:
+        notes.append(f"a run's noise of {found.noise:.4f} is more than a quarter of the curve's depth of {depth:.4f}")
+    if rmse > _SMALL * depth and _misfit(loss, found, rmse) < _RESOLVED:
+        notes.append(
+            f"the curve misses the means by {rmse:.4f}, more than noise does: its minimum is that of a wrong shape"
+        )
+    missing = int((~np.isfinite(loss)).sum())
+    if missing:
+        notes.append(f"{missing} of {loss.size} runs are missing")
+    return tuple(notes)
+
+
+def _misfit(loss: Array, found: Additive, rmse: float) -> float:
+    """Probability of missing the means by as much as `rmse`, if the curve had the right shape (F test)."""
+    points, seeds = loss.shape
+    spare = points - _PARAMETERS
+    if not found.noise:
+        return 1.0
+    return float(f_distribution.sf(seeds * points * rmse**2 / spare / found.noise**2, spare, found.freedom))

@@ -1,0 +1,195 @@
+"""Verdicts on planted curves with planted noise: what is said, how often it is wrong, what intervals cover."""
+
+import json
+
+import numpy as np
+import pytest
+
+from engram.config_file import UserError
+from engram.sweep import paper
+from engram.sweep.judge import Allocation, compare, judge
+from engram.sweep.u_curve import Array
+
+RHO = np.array([0.11, 0.21, 0.36, 0.5, 0.61, 0.75, 0.86, 0.93, 1.0])
+
+
+def curve(rho: Array, argmin: float = 0.79, depth: float = 0.05) -> Array:
+    """A sum of two powers, 3.3 at its minimum, `depth` higher at 1."""
+    ratio = 0.6 * (0.1 + argmin) ** -1.6 / (0.8 * (1.1 - argmin) ** -1.8)
+    at = np.append(rho, [argmin, 1.0])
+    shape = (0.1 + at) ** -0.6 + ratio * (1.1 - at) ** -0.8
+    return np.asarray(3.3 + depth * (shape[:-2] - shape[-2]) / (shape[-1] - shape[-2]))
+
+
+def noisy(loss: Array, sd: float, seeds: int, draw: int, rho: Array = RHO, samples: int = 200) -> Allocation:
+    """`loss` with noise beside levels of seeds that are five times as large."""
+    rng = np.random.default_rng(draw)
+    noise = rng.normal(0, sd, (len(loss), seeds)) + rng.normal(0, 5 * sd, seeds)
+    return judge(rho, loss[:, None] + noise, samples=samples, seed=draw)
+
+
+def test_a_clear_minimum() -> None:
+    found = noisy(curve(RHO), 0.001, seeds=3, draw=0, samples=2000)
+    assert found.verdict == "interior minimum" and found.says.startswith("interior minimum at rho = 0.7")
+    assert found.argmin == pytest.approx(0.79, abs=0.015)
+    low, high = found.argmin_interval
+    assert low < 0.79 < high and high - low < 0.06
+    assert found.loss_at_minimum == pytest.approx(3.3, abs=0.01)
+    assert found.seed_sd == pytest.approx(0.001, rel=0.3) and found.p_value < 1e-6
+    higher_end = curve(RHO)[[0, -1]].max()
+    assert found.depth == pytest.approx(higher_end - 3.3, abs=0.003)
+    assert found.best == 0.75 and set(found.tied) <= {0.61, 0.86}
+    assert found.at_ends == (0, 0) and found.warnings == ()
+
+
+def test_costs_of_other_choices() -> None:
+    """Without noise, costs are the planted curve's own."""
+    found = judge(RHO, curve(RHO)[:, None] + np.array([0.0, 0.1, -0.2]))
+    exact = curve(np.array([1.0, 0.8, found.parabola.argmin(0.11, 1)])) - 3.3
+    regrets = [found.regret_moe, found.regret_paper, found.regret_parabola]
+    assert [regret.loss for regret in regrets] == pytest.approx(exact.tolist(), abs=2e-4)
+    assert found.regret_parabola.rho < 0.74 and found.regret_parabola.loss > 0.001
+    assert found.against_moe.mean == pytest.approx(curve(np.array([0.75]))[0] - 3.35) and found.against_moe.resolved
+
+
+def test_costs_carry_intervals() -> None:
+    found = noisy(curve(RHO), 0.001, seeds=3, draw=1, samples=2000)
+    for regret, true in ((found.regret_moe, 0.05), (found.regret_paper, curve(np.array([0.8]))[0] - 3.3)):
+        assert 0 <= regret.interval[0] <= true <= regret.interval[1] < true + 0.01
+    assert found.against_moe.low < found.against_moe.mean < found.against_moe.high < 0
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_noise_alone_is_not_resolved(seeds: int) -> None:
+    verdicts = [noisy(np.full(9, 3.3), 0.01, seeds, draw, samples=20).verdict for draw in range(1000, 1100)]
+    assert verdicts.count("not resolved") >= 90
+
+
+@pytest.mark.parametrize(("argmin", "sd"), [(0.79, 0.006), (0.5, 0.006)])
+def test_the_minimums_interval_covers_at_its_level(argmin: float, sd: float) -> None:
+    """With three seeds, where drawing them with replacement covers about 70 %."""
+    loss = curve(RHO, argmin)
+    intervals = [noisy(loss, sd, 3, draw).argmin_interval for draw in range(40)]
+    covered = [low <= argmin <= high for low, high in intervals]
+    assert 0.8 < np.mean(covered) <= 1
+    # Not by saying nothing.
+    assert np.median([high - low for low, high in intervals]) < 0.45
+
+
+@pytest.mark.parametrize(("end", "sign"), [(1.0, 1), (0.11, -1)])
+def test_a_minimum_at_the_end(end: float, sign: int) -> None:
+    """Noise bends the curve's end, but not beyond the middle of the last two ratios."""
+    offset = 0.1 + (RHO if sign == 1 else 1 - RHO)
+    found = [noisy(3 + 0.1 * offset**-0.5, 0.002, 3, draw) for draw in range(12)]
+    verdicts = [one.verdict for one in found]
+    assert verdicts.count("no interior minimum") >= 9
+    clear = found[verdicts.index("no interior minimum")]
+    assert clear.argmin == end and end in clear.argmin_interval
+    assert f"lowest at the end of the range, rho = {end:g}" in clear.says
+    if end == 1:
+        assert clear.regret_moe.loss < 0.002 and clear.best >= 0.86
+
+
+def test_an_end_that_is_not_excluded_is_said() -> None:
+    """Among curves whose minimum is near the end, some have 10 to 50 % of their draws at it."""
+    found = [noisy(curve(RHO, 0.92, depth=0.005), 0.002, 3, draw) for draw in range(20)]
+    open_ends = [one for one in found if one.verdict == "interior minimum" and sum(one.at_ends) >= 0.1]
+    closed = [one for one in found if one.verdict == "interior minimum" and sum(one.at_ends) < 0.1]
+    assert open_ends and all("not excluded" in one.says for one in open_ends)
+    assert all("not excluded" not in one.says for one in closed)
+
+
+def test_ties_are_ratios_whose_paired_difference_is_not_resolved() -> None:
+    """0.61 lies 0.001 above the best in every seed, 0.86 jumps around it."""
+    rho = np.array([0.3, 0.61, 0.75, 0.86, 1.0])
+    loss = np.array([[3.5] * 3, [3.401, 3.501, 3.301], [3.4, 3.5, 3.3], [3.45, 3.49, 3.32], [3.6] * 3])
+    loss[[0, 4]] += [0, 0.1, -0.1]
+    found = judge(rho, loss, samples=50)
+    assert found.best == 0.75 and found.tied == (0.86,)
+
+
+def test_one_seed_gives_a_fit_and_no_claim() -> None:
+    found = judge(RHO, curve(RHO))
+    assert found.verdict == "not resolved" and found.argmin == pytest.approx(0.79, abs=0.002)
+    assert found.says == "one seed: not resolved; the fit's minimum is at rho = 0.79"
+    assert found.argmin_interval is None and found.at_ends is None and found.seed_sd is None
+    assert found.regret_moe.interval is None and not found.against_moe.resolved
+    assert len(found.tied) == 8 and found.warnings == ("one seed: no intervals",)
+
+
+@pytest.mark.parametrize("budget", ["2e20", "6e20"])
+def test_the_papers_points(budget: str) -> None:
+    """The minimum is read off as 75 to 80 %, the lowest point is 85 %, and one run per ratio resolves nothing."""
+    found = judge(*paper.allocation()[budget])
+    assert found.verdict == "not resolved" and found.best in (0.85, 0.849)
+    assert 0.78 < found.argmin < 0.86
+    assert found.regret_moe.loss == pytest.approx(0.013, abs=0.002)
+    assert found.regret_paper.loss < 0.0005 < found.regret_parabola.loss < 0.001
+
+
+def test_missing_runs_do_not_bend_the_curve() -> None:
+    """A seed far below the others, absent from two ratios: plain means would be off by 0.1."""
+    loss = curve(RHO)[:, None] + np.array([0.0, 0.02, -0.3])
+    whole = judge(RHO, loss)
+    loss[[1, 6], 2] = np.nan
+    holes = np.hstack([loss, np.full((9, 1), np.nan)])[::-1]
+    found = judge(np.append(RHO[::-1], 0.4), np.vstack([holes, np.full((1, 4), np.nan)]))
+    assert found.rho == whole.rho and found.seeds == 3
+    assert found.loss == pytest.approx(whole.loss) and found.argmin == pytest.approx(whole.argmin, abs=1e-6)
+    assert found.warnings == ("2 of 27 runs are missing",)
+
+
+def test_seeds_that_overlap_too_little_give_no_interval() -> None:
+    loss = np.full((9, 2), np.nan)
+    loss[:, 0], loss[4, 1] = curve(RHO), 3.5
+    found = judge(RHO, loss)
+    assert found.verdict == "not resolved" and found.argmin_interval is None
+    assert found.says.startswith("too few runs to know their noise: not resolved; the fit's minimum is at rho = 0.79")
+
+
+def test_warnings() -> None:
+    few = judge(RHO[4:8], curve(RHO[4:8])[:, None] + np.array([0.0, 0.1]))
+    assert few.warnings[0] == "4 ratios, fewer than 5: the curve's shape is an assumption"
+    assert few.warnings[1].startswith("two seeds") and few.regret_moe is None and few.against_moe is None
+    noisier = noisy(curve(RHO), 0.1, 3, draw=3)
+    assert any("more than a quarter of the curve's depth" in warning for warning in noisier.warnings)
+    steps = np.where(RHO < 0.55, 3.4, 3.3) + 0.02 * (np.arange(9) % 2)
+    assert any("wrong shape" in warning for warning in noisy(steps, 0.001, 3, draw=4).warnings)
+
+
+def test_the_papers_choice_outside_the_range_has_no_cost() -> None:
+    rho = np.array([0.1, 0.2, 0.3, 0.5, 0.7])
+    assert judge(rho, curve(rho, 0.3)).regret_paper is None
+
+
+def test_an_optimum_that_moves_and_one_that_does_not() -> None:
+    low, high = noisy(curve(RHO, 0.5), 0.0005, 3, draw=5), noisy(curve(RHO, 0.75), 0.0005, 3, draw=6)
+    moved = compare(low, high)
+    assert moved.verdict == "moves" and moved.difference == pytest.approx(0.25, abs=0.03)
+    assert 0.15 < moved.interval[0] < 0.25 < moved.interval[1] < 0.35 and "moves by +0.2" in moved.says
+    back = compare(high, low)
+    assert back.difference == -moved.difference and back.verdict == "moves"
+    same = compare(low, noisy(curve(RHO, 0.5), 0.0005, 3, draw=7))
+    assert same.verdict == "not resolved" and same.interval[0] < 0 < same.interval[1]
+
+
+def test_what_is_not_resolved_does_not_move() -> None:
+    sharp, flat = noisy(curve(RHO, 0.3), 0.0005, 3, draw=8), noisy(np.full(9, 3.3), 0.01, 3, draw=1001)
+    assert flat.verdict == "not resolved" and compare(sharp, flat).verdict == "not resolved"
+    assert compare(sharp, judge(RHO, curve(RHO))).interval is None
+
+
+def test_the_same_seed_gives_the_same_answer() -> None:
+    assert noisy(curve(RHO), 0.003, 3, draw=9) == noisy(curve(RHO), 0.003, 3, draw=9)
+
+
+def test_results_are_plain_json() -> None:
+    three, one = noisy(curve(RHO), 0.003, 3, draw=10), judge(RHO[:5], curve(RHO[:5]))
+    for found in (three, one, compare(three, one), compare(three, three), judge(RHO, np.full((9, 3), 3.0), samples=9)):
+        assert "resampled" not in json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert three.as_dict()["regret_moe"]["loss"] == three.regret_moe.loss
+
+
+def test_two_ratios_are_refused() -> None:
+    with pytest.raises(UserError, match="2 ratios cannot be judged"):
+        judge([0.5, 0.8, 1.0], [3.0, 2.9, np.nan])
