@@ -1,10 +1,12 @@
 """The README keeps its word: numbers stand in committed files, paths exist, commands run."""
 
+import csv
 import json
 import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,31 @@ def test_quickstart_table_equals_the_committed_run() -> None:
     done = json.loads((ROOT / "results/quickstart/done.json").read_text())
     assert losses["this model"] == pytest.approx(done["val_loss"], abs=2e-3)
     assert losses["this model"] < losses["bigram"] - 0.15
+
+
+def test_study_table_equals_the_committed_runs() -> None:
+    with (ROOT / "results/study/runs.csv").open() as file:
+        runs = [row for row in csv.DictReader(file) if row["part"] == "allocation" and row["budget"] == "short"]
+    table = _rows("## Sweep: how much to experts, how much to memory?")
+    assert len(table) == len({run["rho"] for run in runs}) >= 8
+    only = {run["seed"]: float(run["val_loss"]) for run in runs if float(run["rho"]) == 1}
+    for rho, experts, rows, loss, difference in table:
+        seeds = [run for run in runs if float(run["rho"]) == float(rho)]
+        assert len(seeds) == 3
+        assert {run["experts"] for run in seeds} == {experts} and {f"{int(run['rows']):,}" for run in seeds} == {rows}
+        assert loss == f"{statistics.mean(float(run['val_loss']) for run in seeds):.3f}"
+        paired = statistics.mean(float(run["val_loss"]) - only[run["seed"]] for run in seeds)
+        assert difference == f"{paired:+.3f}"
+
+
+def test_study_verdict_equals_the_committed_fit() -> None:
+    text = " ".join(README.split("## Sweep", 1)[1].split("\n## ", 1)[0].split())
+    curve = json.loads((ROOT / "results/study/fits.json").read_text())["parts"]["allocation"]["curves"][0]["fit"]
+    assert curve["verdict"] == "no interior minimum" and "there is no interior minimum" in text
+    gain, cost = curve["against_moe"], curve["regret_paper"]
+    assert f"{-gain['mean']:.3f} nat below experts only ({-gain['high']:.3f} to {-gain['low']:.3f}, 90 %)" in text
+    low, high = cost["interval"]
+    assert f"costs {cost['loss']:.3f} nat more than that ({low:.3f} to {high:.3f})" in text
 
 
 def test_speed_table_equals_the_committed_measurement() -> None:

@@ -86,10 +86,9 @@ def _make_ready(run: Run, pool: Pool, cluster: str) -> bool:
         return mine
 
 
-def _arguments(run: Run, pool: Pool, threads: int) -> tuple[str | int, ...]:
-    config = pool.job_folder(run) / "config.yaml"
-    folders = str(pool.pool.absolute()), str(pool.out.absolute())
-    return str(config.absolute()), run.part, json.dumps(run.point), *folders, threads
+def _arguments(run: Run, pool: Pool, threads: int) -> tuple[str, str, str, str, str, int]:
+    config, point = pool.job_folder(run) / "config.yaml", json.dumps(run.point)
+    return str(config.absolute()), run.part, point, str(pool.pool.absolute()), str(pool.out.absolute()), threads
 
 
 def _executor(pool: Pool, cluster: str) -> Any:

@@ -26,7 +26,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Outcome:
-    """`elsewhere`: another process is training the run. `interrupted`: it goes on from its last checkpoint when started.
+    """`elsewhere`: another process is training the run. `interrupted`: the next start goes on from a checkpoint.
 
     `exit_code` is the training's, negative for a signal; None where no training has ended here.
     """

@@ -3,10 +3,15 @@
 python -m tests.sweep.drive SWEEP JOBS
 """
 
+import io
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from engram.sweep.driver import run_all
 from engram.sweep.grid import Run, expand, unique
@@ -14,6 +19,7 @@ from engram.sweep.pool import Pool
 from engram.sweep.spec import load_sweep
 from tests.sweep.build import write_sweep
 
+ROOT = Path(__file__).parents[2]
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_train.py")))
 
 
@@ -40,6 +46,36 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def drive(runs: list[Run], pool: Pool, *, jobs: int = 2, **settings: Any) -> tuple[int, str]:
+    """Exit status, and what a log file would hold."""
+    text = io.StringIO()
+    settings = {"command": FAKE, "console": Console(file=text, width=200), **settings}
+    return run_all(runs, pool, jobs=jobs, **settings), text.getvalue()
+
+
+def statuses(runs: list[Run], pool: Pool) -> list[str]:
+    return [pool.state(run).status for run in runs]
+
+
+def ids(runs: list[Run]) -> list[str]:
+    return sorted(run.id for run in runs)
+
+
+def mend(path: Path, fault: str) -> list[Run]:
+    """The runs with the same ids, now that the cause of a failure is gone."""
+    path.write_text(path.read_text().replace(f"prompt: {fault}", "prompt: sleep 0"))
+    return load(path)[0]
+
+
+def start_driver(path: Path, jobs: int = 2) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.sweep.drive", str(path), str(jobs)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def text_of(process: subprocess.Popen[str]) -> str:
+    return process.communicate(timeout=60)[1]
 
 
 if __name__ == "__main__":

@@ -1,51 +1,109 @@
 """A sweep as a job array, with submitit's local executor in place of a cluster."""
 
+import os
+import signal
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 
 from engram.sweep import slurm, worker
-from engram.sweep.grid import expand
+from engram.sweep.grid import Run, expand
 from engram.sweep.pool import Pool
 from engram.sweep.spec import SlurmConfig, SweepError
 from tests.sweep.build import make_sweep
+from tests.sweep.drive import build, ledger, wait_until
 
-pytest.importorskip("submitit")
+submitit = pytest.importorskip("submitit")
 FAKE = Path(__file__).with_name("fake_train.py")
 
 
-def test_an_array_trains_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The task is trained by `train.py` of this package, of which the tests' stand-in takes the place."""
+@pytest.fixture(autouse=True)
+def fake_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task runs `train.py` of this package, of which the tests' stand-in takes the place."""
     monkeypatch.setattr(worker, "TRAIN", FAKE)
-    # The tasks are processes of their own.
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    sweep = make_sweep(tmp_path, axes={"kind": {"good": {"eval.prompt": "sleep 0"}}}, seeds=[0, 1])
-    runs, pool = expand(sweep), Pool(sweep.pool, sweep.out)
-    job = slurm.Training()
-    arguments = []
-    for run in runs:
-        pool.job_folder(run).mkdir(parents=True)
-        worker.save_config(run.config, pool.job_folder(run) / "config.yaml")
-        arguments.append(slurm._arguments(run, pool))
-    assert [job(*given) for given in arguments] == ["done", "done"]
-    assert [job(*given) for given in arguments] == ["done", "done"]
-    assert len((pool.pool / "ledger").read_text().splitlines()) == 4
+
+
+def task(run: Run, pool: Pool, threads: int = 1) -> tuple[str, str, str, str, str, int]:
+    """What a task of the array is given."""
+    assert slurm._make_ready(run, pool, "test")
+    return slurm._arguments(run, pool, threads)
+
+
+def test_a_task_trains_its_run_once(tmp_path: Path) -> None:
+    _, runs, pool = build(tmp_path, "sleep 0", seeds=2)
+    arguments = [task(run, pool, threads=1000) for run in runs]
+    assert pool.state(runs[0]).message == "submitted to test"
+    training = slurm.Training()
+    assert [training(*given) for given in arguments] == ["done", "done"]
+    assert [training(*given) for given in arguments] == ["done", "done"]
+    assert ledger(pool, "start") == [run.id for run in runs]
+    # No more threads than there are cores for the task.
+    assert f" start train.threads={len(os.sched_getaffinity(0))} " in (pool.pool / "ledger").read_text()
+
+
+def test_a_task_whose_run_is_trained_elsewhere(tmp_path: Path) -> None:
+    _, [run], pool = build(tmp_path, "sleep 0")
+    arguments = task(run, pool)
+    with pool.held(run):
+        assert not slurm._make_ready(run, pool, "test")
+        assert slurm.Training()(*arguments) == "elsewhere"
+
+
+def test_a_task_fails_with_its_run(tmp_path: Path) -> None:
+    _, [run], pool = build(tmp_path, "fail")
+    with pytest.raises(RuntimeError, match=f"{run.id} .kind=run0 seed=0.: exit status 2: error: it was told to fail"):
+        slurm.Training()(*task(run, pool))
+
+
+def test_a_cancelled_task_saves(tmp_path: Path) -> None:
+    _, [run], pool = build(tmp_path, "sleep 60")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def cancel() -> None:
+        wait_until(lambda: pool.state(run).step > 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=cancel).start()
+    assert slurm.Training()(*task(run, pool)) == "interrupted"
+    assert ledger(pool, "saved") == [run.id] and pool.state(run).status == "pending"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_preempted_task_saves_and_is_queued_again(tmp_path: Path) -> None:
+    """submitit calls `checkpoint` from a signal handler, with what the task was called with."""
+    _, [run], pool = build(tmp_path, "sleep 60")
+    training, arguments, queued = slurm.Training(), task(run, pool), []
+
+    def preempt() -> None:
+        wait_until(lambda: pool.state(run).step > 0)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: queued.append(training.checkpoint(*arguments)))
+    try:
+        threading.Thread(target=preempt).start()
+        training(*arguments)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    [again] = queued
+    assert isinstance(again, submitit.helpers.DelayedSubmission)
+    assert isinstance(again.function, slurm.Training) and again.args == arguments and again.kwargs == {}
+    assert ledger(pool, "saved") == [run.id] and pool.state(run).status == "pending"
 
 
 def test_submitting_to_the_local_executor(tmp_path: Path) -> None:
-    """Real tasks in processes of their own; the trainings fail, since there is no such corpus, and say so."""
+    """Real tasks in processes of their own, with the real trainer; it fails, since there is no such corpus."""
     sources = [{"path": str(tmp_path / "absent.txt")}]
-    sweep = make_sweep(tmp_path, overrides={"data.path": str(tmp_path / "d"), "data.sources": sources})
+    sweep = make_sweep(tmp_path, overrides={"data.path": str(tmp_path / "d"), "data.sources": sources}, seeds=[0, 1])
     runs, pool = expand(sweep), Pool(sweep.pool, sweep.out)
-    ids = slurm.submit(runs, pool, SlurmConfig(time_minutes=5, cpus_per_task=1), cluster="local")
-    assert len(ids) == 1
-    end = time.monotonic() + 60
-    while pool.state(runs[0]).status != "failed":
-        assert time.monotonic() < end, list((pool.pool / "slurm").glob("*"))
-        time.sleep(0.2)
+    pool.write_job(runs[1], status="failed", message="disk full")
+    found = slurm.submit(runs, pool, SlurmConfig(time_minutes=5, cpus_per_task=1), cluster="local")
+    # Failed runs are `retry`'s.
+    assert len(found) == 1 and pool.state(runs[1]).message == "disk full"
+    wait_until(lambda: pool.state(runs[0]).status == "failed")
     assert "absent.txt" in pool.state(runs[0]).message
+    assert slurm.submit(runs, pool, SlurmConfig(), cluster="local") == []
 
 
 def test_a_dry_run_submits_nothing(tmp_path: Path) -> None:

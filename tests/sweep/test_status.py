@@ -2,9 +2,12 @@
 
 import io
 import json
+import socket
 import time
+from collections import Counter
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from engram.sweep import status
@@ -76,11 +79,46 @@ def test_watching_ends_with_the_last_run(tmp_path: Path) -> None:
     assert "2 runs: 2 done" in console.export_text()
 
 
+def test_watching_reads_what_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, pool = build(tmp_path, 3)
+    reads: Counter[str] = Counter()
+    look = Pool.state
+    monkeypatch.setattr(Pool, "state", lambda pool, run: reads.update([run.id]) or look(pool, run))
+    finish(pool, runs[0])
+    start(pool, runs[1], step=4)
+    # What happens between two looks; a failed run is no reason to go on watching.
+    steps = iter(
+        [
+            lambda: start(pool, runs[2], step=5),
+            lambda: (pool.run_folder(runs[1]) / "done.json").write_text('{"step": 10}'),
+            lambda: pool.write_job(runs[2], status="failed"),
+        ]
+    )
+    monkeypatch.setattr(status.time, "sleep", lambda seconds: next(steps)())
+    console = Console(width=120, record=True, file=io.StringIO(), force_terminal=True)
+    status.watch(runs, pool, console)
+    assert [reads[run.id] for run in runs] == [1, 3, 4] and next(steps, None) is None
+    assert "3 runs: 2 done, 1 failed" in console.export_text()
+
+
+def test_labels_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Not as markup: square brackets are lists here."""
+    sweep = make_sweep(tmp_path, axes={"kind": {"[bold]": {}}})
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(status.table(expand(sweep), Pool(sweep.pool, sweep.out)))
+    assert "kind=[bold] seed=0" in console.export_text()
+
+
 def test_a_thousand_runs_are_read_in_two_seconds(tmp_path: Path) -> None:
     runs, pool = build(tmp_path, 1000)
     for index, run in enumerate(runs):
-        (finish if index % 2 else lambda pool, run: start(pool, run, step=3))(pool, run)
+        (finish if index % 3 == 0 else lambda pool, run: start(pool, run, step=3))(pool, run)
+        if index % 3 == 1:
+            # Of these, the lock is looked at.
+            pool.write_job(run, status="running", host=socket.gethostname())
+            (pool.job_folder(run) / "lock").touch()
     begin = time.process_time()
     status.table(runs, pool)
-    status.summary(runs, pool)
+    text = status.summary(runs, pool)
     assert time.process_time() - begin < 2
+    assert text.startswith("1000 runs: 334 done, 333 running, 333 lost; about ")

@@ -139,12 +139,12 @@ def test_a_dead_starter_leaves_a_lost_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_interrupted_trainings_are_pending(tmp_path: Path) -> None:
     _, [run], pool = build(tmp_path, "sleep 60")
-    outcome = execute(
-        run,
-        pool,
-        command=FAKE,
-        on_start=lambda job: (wait_until(lambda: pool.state(run).step > 0), job.interrupt()),
-    )
+
+    def interrupt(job: Job) -> None:
+        wait_until(lambda: pool.state(run).step > 0)
+        job.interrupt()
+
+    outcome = execute(run, pool, command=FAKE, on_start=interrupt)
     assert (outcome.status, outcome.exit_code) == ("interrupted", 130) and ledger(pool, "saved") == [run.id]
     assert pool.state(run).status == "pending" and pool.state(run).step > 0
 
