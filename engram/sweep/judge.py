@@ -4,9 +4,11 @@ Verdicts, in this order:
 - "not resolved": one seed, too few runs to know their noise, or differences between ratios that the noise of runs alone
   makes in more than 5 % of cases (F test, after seeds' common levels are taken away);
 - "no interior minimum": in most draws of the seeds the curve's minimum is at an end of the measured range;
-- "interior minimum": all else. From 10 % of draws at an end on, the sentence says that an end is not excluded.
+- "interior minimum": in at most 10 % of draws it is;
+- "not resolved": all between. To call these interior would be wrong for one monotone curve in three.
 
-A minimum nearer to an end than to the next measured ratio counts as at the end, since no run tells them apart.
+A minimum nearer to an end than to the next measured ratio counts as at the end, since no run tells them apart: unless
+the runs at the end itself are measurably worse than the best ratio's (their paired difference is resolved).
 """
 
 from dataclasses import dataclass, field
@@ -36,8 +38,8 @@ PAPERS_CHOICE = 0.8
 FEWEST_RATIOS = 5
 # Probability below which differences between ratios are taken as more than noise.
 _RESOLVED = 0.05
-# Share of draws with their minimum at an end that is worth saying.
-_NOT_EXCLUDED = 0.1
+# Share of draws with their minimum at an end up to which the end is excluded.
+_EXCLUDED = 0.1
 # Share of the depth below which a misfit does not matter.
 _SMALL = 0.02
 _PLACES = 401
@@ -100,19 +102,18 @@ class Allocation:
         if self.argmin_interval is None or self.at_ends is None:
             known = "one seed" if self.seeds == 1 else "too few runs to know their noise"
             return f"{known}: not resolved; the fit's minimum is at rho = {self.argmin:.2f}"
-        if self.verdict == "not resolved":
-            return f"not resolved: seeds differ as much as ratios do (p = {self.p_value:.2f})"
         lower, upper = self.at_ends
+        if self.p_value is None or not self.p_value < _RESOLVED:
+            return f"not resolved: seeds differ as much as ratios do (p = {self.p_value or 1:.2f})"
         if self.verdict == "no interior minimum":
             end, share = (self.rho[0], lower) if lower > upper else (self.rho[-1], upper)
             other = f" ({lower + upper - share:.0%} at the other end)" if share <= 0.5 else ""
             return f"no interior minimum: lowest at the end of the range, rho = {end:g}, in {share:.0%} of draws{other}"
         low, high = self.argmin_interval
-        text = f"interior minimum at rho = {self.argmin:.2f} ({low:.2f} to {high:.2f}, {self.level:.0%})"
-        text += f", {self.depth:.4f} nats below the higher end"
-        if lower + upper < _NOT_EXCLUDED:
-            return text
-        return f"{text}; {lower + upper:.0%} of draws have it at an end of the range, which is not excluded"
+        place = f"rho = {self.argmin:.2f} ({low:.2f} to {high:.2f}, {self.level:.0%})"
+        if self.verdict == "not resolved":
+            return f"not resolved: {lower + upper:.0%} of draws have the minimum at an end of the range; {place}"
+        return f"interior minimum at {place}, {self.depth:.4f} nats below the higher end"
 
     def as_dict(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "resampled"}
@@ -153,7 +154,9 @@ def judge(rho: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: int = 0
     curves = family.curves(resampled_means(found, samples, seed), places)
     # The grid of shapes is coarse: its minimum of the means is where the refined one should be.
     coarse = places[np.argmin(family.curves(found.means[None], places))]
-    resampled = _at_ends(rho, places[np.argmin(curves, axis=1)] + minimum - coarse)
+    best = int(np.argmin(found.means))
+    excluded = [bool((worse := _difference(loss[end], loss[best], level)) and worse.resolved) for end in (0, -1)]
+    resampled = _at_ends(rho, places[np.argmin(curves, axis=1)] + minimum - coarse, excluded)
     loss_at_minimum = float(curve.predict(minimum))
 
     def regret(at: float) -> Regret | None:
@@ -168,7 +171,6 @@ def judge(rho: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: int = 0
 
     at_parabola = regret(parabola.argmin(low, high))
     assert at_parabola is not None
-    best = int(np.argmin(found.means))
     ends = (float(np.mean(resampled == low)), float(np.mean(resampled == high))) if len(resampled) else None
     interval = central_interval(resampled, level)
     verdict = _verdict(found, ends)
@@ -233,14 +235,17 @@ def _finished(rho: Array, loss: Array) -> tuple[Array, Array]:
 def _verdict(found: Additive, ends: tuple[float, float] | None) -> Verdict:
     if ends is None or found.p_value is None or not found.p_value < _RESOLVED:
         return "not resolved"
-    return "no interior minimum" if sum(ends) > 0.5 else "interior minimum"
+    if sum(ends) <= _EXCLUDED:
+        return "interior minimum"
+    return "no interior minimum" if sum(ends) > 0.5 else "not resolved"
 
 
-def _at_ends(rho: Array, places: Array) -> Array:
-    """Places nearer to an end than to the next ratio are put at the end."""
+def _at_ends(rho: Array, places: Array, excluded: list[bool]) -> Array:
+    """Places nearer to an end than to the next ratio are put at the end, unless it is excluded."""
     first, second, *_ = different = np.unique(rho)
     before, last = different[-2:]
-    at_first, at_last = places < (first + second) / 2, places > (before + last) / 2
+    at_first = places < (first if excluded[0] else (first + second) / 2)
+    at_last = places > (last if excluded[1] else (before + last) / 2)
     return np.where(at_first, first, np.where(at_last, last, places))
 
 

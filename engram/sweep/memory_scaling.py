@@ -65,6 +65,8 @@ class Scaling:
     level: float
     warnings: tuple[str, ...]
     says: str
+    # Which of the seeds that were given have a finished run.
+    finished: tuple[bool, ...]
     # c and b of each draw, [k, 2]: what `offset` draws its intervals from.
     resampled: Array = field(repr=False, compare=False)
 
@@ -98,6 +100,7 @@ def fit_scaling(rows: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: 
     preferred if its errors at left-out points are smaller, and the difference of absolute errors is resolved over
     points (Student's t at `level`). Raises UserError: fewer than three sizes.
     """
+    finished = np.isfinite(np.atleast_2d(np.asarray(loss, dtype=float).T)).any(axis=1)
     rows, loss = _finished(np.asarray(rows, dtype=float), np.asarray(loss, dtype=float))
     found = additive(loss)
     log_linear, power_law = _fit_log_linear(rows, found.means), _fit_power_law(rows, found.means)
@@ -124,6 +127,7 @@ def fit_scaling(rows: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: 
         level=level,
         warnings=_warnings(rows, loss),
         says=_sentence(log_linear.b, interval, preferred),
+        finished=tuple(bool(seed) for seed in finished),
         resampled=resampled,
     )
 
@@ -131,7 +135,8 @@ def fit_scaling(rows: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: 
 def offset(first: Scaling, second: Scaling) -> Offset:
     """The second model's distance from the first, for example OverEncoding's from Engram's.
 
-    Both need their seeds in the same order: with equally many, their draws are the same and the interval is paired.
+    Both need their seeds in the same order. Where the same ones have finished, draws are the same and the interval is
+    paired; where not, there is no interval, and a warning.
     """
     low, high = max(min(first.rows), min(second.rows)), min(max(first.rows), max(second.rows))
     at = float(np.sqrt(low * high))
@@ -141,7 +146,9 @@ def offset(first: Scaling, second: Scaling) -> Offset:
     laws = np.array([[[law.log_linear.c, law.log_linear.b]] for law in (first, second)])
     loss, factor = _apart(laws[0], laws[1], at)
     loss_interval = factor_interval = None
-    if len(first.resampled) and len(first.resampled) == len(second.resampled):
+    if first.finished != second.finished:
+        warnings += ("the two models have finished different seeds: their distance carries what these do to both",)
+    elif len(first.resampled) and len(first.resampled) == len(second.resampled):
         losses, factors = _apart(first.resampled, second.resampled, at)
         loss_interval = central_interval(losses, first.level)
         # A slope that may be zero or less leaves the factor without an upper end.

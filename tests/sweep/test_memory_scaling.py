@@ -135,3 +135,15 @@ def test_results_are_plain_json() -> None:
 def test_two_sizes_are_refused() -> None:
     with pytest.raises(UserError, match="2 sizes of memory cannot be fitted"):
         fit_scaling([0, 1e3, 1e4], [3.0, 2.9, 2.8])
+
+
+def test_models_that_miss_different_seeds_are_not_taken_as_paired() -> None:
+    """Seeds that lie 0.3 apart, of which each model misses another: their levels are no distance between models."""
+    levels = np.array([0.0, 0.3, -0.3, 0.1])
+    first = (4 - 0.05 * np.log10(ROWS))[:, None] + levels
+    second = (4 - 0.05 * np.log10(ROWS / 3))[:, None] + levels
+    whole = offset(fit_scaling(ROWS, first), fit_scaling(ROWS, second))
+    assert whole.loss == pytest.approx(0.05 * np.log10(3)) and whole.loss_interval is not None and not whole.warnings
+    first[:, 0], second[:, 3] = np.nan, np.nan
+    found = offset(fit_scaling(ROWS, first), fit_scaling(ROWS, second))
+    assert found.loss_interval is None and "different seeds" in found.warnings[0]

@@ -69,7 +69,7 @@ class Curve:
         if found.seeds == 1:
             return f"minimum of the fit at {place}{gain} (one seed)"
         if found.verdict == "not resolved":
-            return "not resolved: seeds differ as much as ratios"
+            return found.says
         if found.verdict == "no interior minimum" or found.argmin_interval is None:
             lower = found.at_ends is not None and found.at_ends[0] > found.at_ends[1]
             return f"no interior minimum: lowest at the end of the range, {found.rho[0 if lower else -1]:.2f}"
