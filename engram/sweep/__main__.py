@@ -158,6 +158,8 @@ def submit(options: argparse.Namespace) -> int:
     jobs = slurm.submit(
         runs, Pool(sweep.pool, sweep.out), sweep.slurm, cluster=options.cluster, dry_run=options.dry_run
     )
+    if not jobs:
+        print("no run is pending or lost: nothing to submit", file=sys.stderr)
     for job in jobs:
         print(job)
     return 0

@@ -144,6 +144,17 @@ def test_a_run_on_another_host_is_waited_for(tmp_path: Path, monkeypatch: pytest
     assert pool.read_job(runs[0])["started"] >= beat + 2
 
 
+def test_a_run_whose_holder_says_nothing_is_announced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state says pending, its lock is taken: looked at again and again, until it is free."""
+    monkeypatch.setattr("engram.sweep.driver.FOREIGN_TICK", 0.1)
+    _, runs, pool = build(tmp_path, "sleep 0")
+    lock = pool.claim(runs[0])
+    assert lock is not None
+    threading.Timer(2, os.close, [lock]).start()
+    code, text = drive(runs, pool)
+    assert code == 0 and text.count("another process is training it") == 1 and pool.state(runs[0]).attempt == 1
+
+
 def test_a_run_folder_that_vanishes_is_reported(tmp_path: Path) -> None:
     path, runs, pool = build(tmp_path, "sleep 3", "sleep 0")
     process = start_driver(path)

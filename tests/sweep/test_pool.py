@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -69,24 +68,22 @@ def test_the_lock_says_who_runs_on_this_host(pool: Pool, run: Run) -> None:
         assert mine and pool.claim(run) is None
 
 
-def test_onlookers_turn_no_driver_away(pool: Pool, run: Run) -> None:
+def test_onlookers_turn_no_driver_away(pool: Pool, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks whether a lock is held has it for an instant."""
+    pool.job_folder(run).mkdir(parents=True)
+    onlooker = open(pool.job_folder(run) / "lock", "w")  # noqa: SIM115
+    fcntl.flock(onlooker, fcntl.LOCK_SH)
+    monkeypatch.setattr("engram.sweep.pool.time.sleep", lambda seconds: onlooker.close())
+    lock = pool.claim(run)
+    assert lock is not None and onlooker.closed
+    os.close(lock)
+
+
+def test_onlookers_do_not_see_each_other(pool: Pool, run: Run) -> None:
     pool.write_job(run, status="running", host=socket.gethostname())
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.is_set():
-            pool.state(run)
-
-    onlooker = threading.Thread(target=look)
-    onlooker.start()
-    try:
-        for _ in range(100):
-            lock = pool.claim(run)
-            assert lock is not None
-            os.close(lock)
-    finally:
-        stop.set()
-        onlooker.join()
+    with open(pool.job_folder(run) / "lock", "w") as onlooker:
+        fcntl.flock(onlooker, fcntl.LOCK_SH)
+        assert pool.state(run).status == "lost"
 
 
 def test_the_heartbeat_says_who_runs_on_another_host(pool: Pool, run: Run) -> None:
