@@ -58,16 +58,25 @@ def unique(runs: list[Run]) -> list[Run]:
 def _expand_part(sweep: Sweep, name: str) -> Iterator[Run]:
     part = sweep.parts[name]
     base = read_tree(part.base)
+    taken: dict[str, dict[str, Any]] = {}
     for point in _points(part):
         try:
             config = _resolve(part, point, base)
         except ConfigError as error:
-            where = " ".join(f"{axis}={value}" for axis, value in point.items())
-            raise SweepError(f"{sweep.name}, part {name}, {where or 'its only point'}: {error}") from None
+            raise SweepError(f"{sweep.name}, part {name}, {_words(point)}: {error}") from None
         for seed in part.seeds:
             seeded = config.replace(seed=seed, data=config.data.replace(shuffle_seed=seed))
             identity = run_id(seeded)
+            # Two ratios that mean the same number of experts would count as two points of one curve.
+            if "rho" in part.axes and identity in taken:
+                both = f"{_words(taken[identity])} and {_words(point)}"
+                raise SweepError(f"{sweep.name}, part {name}: {both} are the same run: drop one")
+            taken[identity] = point
             yield Run(identity, name, point, seed, seeded.replace(run_dir=str(sweep.pool / identity)))
+
+
+def _words(point: dict[str, Any]) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in point.items()) or "its only point"
 
 
 def _points(part: Part) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,9 @@ Verdicts, in this order:
   makes in more than 5 % of cases (F test, after seeds' common levels are taken away);
 - "no interior minimum": in most draws of the seeds the curve's minimum is at an end of the measured range;
 - "interior minimum": in at most 10 % of draws it is;
-- "not resolved": all between. To call these interior would be wrong for one monotone curve in three.
+- "not resolved": all between (to call these interior would be wrong for one monotone curve in three), and curves that
+  the runs contradict: they miss the means by more than noise explains, or are lowest at an end whose runs are
+  measurably worse than others.
 
 A minimum nearer to an end than to the next measured ratio counts as at the end, since no run tells them apart: unless
 the runs at the end itself are measurably worse than the best ratio's (their paired difference is resolved).
@@ -28,7 +30,7 @@ from engram.sweep.paired import (
     paired_difference,
     resampled_means,
 )
-from engram.sweep.u_curve import Family, Parabola, TwoTerm, fit_parabola
+from engram.sweep.u_curve import ACTIVATED_SHARE, Family, Parabola, TwoTerm, fit_parabola
 
 Array = NDArray[np.float64]
 Verdict = Literal["interior minimum", "no interior minimum", "not resolved"]
@@ -92,6 +94,8 @@ class Allocation:
     regret_moe: Regret | None
     regret_parabola: Regret
     regret_paper: Regret | None
+    # The curve misses the means by more than noise, or is lowest at an end whose runs are measurably worse than others.
+    wrong_shape: bool
     warnings: tuple[str, ...]
     # The minimum's place in each draw.
     resampled: Array = field(repr=False, compare=False)
@@ -105,6 +109,8 @@ class Allocation:
         lower, upper = self.at_ends
         if self.p_value is None or not self.p_value < _RESOLVED:
             return f"not resolved: seeds differ as much as ratios do (p = {self.p_value or 1:.2f})"
+        if self.wrong_shape:
+            return f"not resolved: the runs do not follow the fitted curve; the lowest were measured at {self.best:.2f}"
         if self.verdict == "no interior minimum":
             end, share = (self.rho[0], lower) if lower > upper else (self.rho[-1], upper)
             other = f" ({lower + upper - share:.0%} at the other end)" if share <= 0.5 else ""
@@ -139,15 +145,24 @@ class Move:
         }
 
 
-def judge(rho: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: int = 0, level: float = 0.9) -> Allocation:
+def judge(
+    rho: ArrayLike,
+    loss: ArrayLike,
+    *,
+    activated_share: float = ACTIVATED_SHARE,
+    samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.9,
+) -> Allocation:
     """Fit the means over seeds of `loss` [n, s] at `rho` [n], and refit them for `samples` draws over seeds.
 
-    A missing run is NaN. Raises UserError: fewer than three ratios with a finished run.
+    activated_share: activated over sparse parameters, the curve's p0. A missing run is NaN. Raises UserError: fewer
+    than three ratios with a finished run.
     """
     rho, loss = _finished(np.asarray(rho, dtype=float), np.asarray(loss, dtype=float))
     low, high = float(rho[0]), float(rho[-1])
     found = additive(loss)
-    family = Family(rho)
+    family = Family(rho, activated_share=activated_share)
     curve, parabola = family.polished(found.means), fit_parabola(rho, found.means)
     minimum = curve.argmin(low, high)
     places = np.linspace(low, high, _PLACES)
@@ -158,6 +173,7 @@ def judge(rho: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: int = 0
     excluded = [bool((worse := _difference(loss[end], loss[best], level)) and worse.resolved) for end in (0, -1)]
     resampled = _at_ends(rho, places[np.argmin(curves, axis=1)] + minimum - coarse, excluded)
     loss_at_minimum = float(curve.predict(minimum))
+    depth = float(curve.predict([low, high]).max()) - loss_at_minimum
 
     def regret(at: float) -> Regret | None:
         if not low <= at <= high:
@@ -173,9 +189,10 @@ def judge(rho: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: int = 0
     assert at_parabola is not None
     ends = (float(np.mean(resampled == low)), float(np.mean(resampled == high))) if len(resampled) else None
     interval = central_interval(resampled, level)
-    verdict = _verdict(found, ends)
+    misfit = _is_misfit(loss, found, depth, curve.rmse)
+    contradicted = ends is not None and any(share > _EXCLUDED for share, out in zip(ends, excluded, strict=True) if out)
+    verdict = "not resolved" if misfit or contradicted else _verdict(found, ends)
     argmin = float(np.median(resampled)) if len(resampled) else minimum
-    depth = float(curve.predict([low, high]).max()) - loss_at_minimum
     return Allocation(
         rho=tuple(float(value) for value in rho),
         loss=tuple(float(value) for value in found.means),
@@ -197,6 +214,7 @@ def judge(rho: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: int = 0
         regret_moe=regret(1.0),
         regret_parabola=at_parabola,
         regret_paper=regret(PAPERS_CHOICE),
+        wrong_shape=bool(misfit or contradicted),
         warnings=_warnings(rho, loss, found, depth, curve.rmse),
         resampled=resampled,
     )
@@ -269,7 +287,7 @@ def _warnings(rho: Array, loss: Array, found: Additive, depth: float, rmse: floa
         notes.append("two seeds: intervals are several times as long as with three")
     if found.noise is not None and found.noise > depth / 4:
         notes.append(f"a run's noise of {found.noise:.4f} is more than a quarter of the curve's depth of {depth:.4f}")
-    if rmse > _SMALL * depth and _misfit(loss, found, rmse) < _RESOLVED:
+    if _is_misfit(loss, found, depth, rmse):
         notes.append(
             f"the curve misses the means by {rmse:.4f}, more than noise does: its minimum is that of a wrong shape"
         )
@@ -277,6 +295,10 @@ def _warnings(rho: Array, loss: Array, found: Additive, depth: float, rmse: floa
     if missing:
         notes.append(f"{missing} of {loss.size} runs are missing")
     return tuple(notes)
+
+
+def _is_misfit(loss: Array, found: Additive, depth: float, rmse: float) -> bool:
+    return rmse > _SMALL * depth and _misfit(loss, found, rmse) < _RESOLVED
 
 
 def _misfit(loss: Array, found: Additive, rmse: float) -> float:

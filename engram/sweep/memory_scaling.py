@@ -107,7 +107,8 @@ def fit_scaling(rows: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: 
     line_errors = _left_out_errors(_fit_log_linear, rows, found.means, fewest=4)
     power_errors = _left_out_errors(_fit_power_law, rows, found.means, fewest=5)
     preferred: Literal["log-linear", "power law", "not resolved"] = "not resolved"
-    if line_errors is not None and power_errors is not None:
+    short = len(rows) < FEWEST_POINTS or np.log10(rows[-1] / rows[0]) < SHORTEST_RANGE
+    if line_errors is not None and power_errors is not None and not short:
         difference = paired_difference(np.abs(line_errors), np.abs(power_errors), level)
         if difference.resolved:
             preferred = "log-linear" if difference.mean < 0 else "power law"

@@ -21,6 +21,7 @@ class Training:
 
     def __init__(self) -> None:
         self._job: Job | None = None
+        self._queued_again = False
 
     def __call__(self, config: str, part: str, point: str, pool: str, out: str, threads: int) -> str:
         """Train the run of a config file; returns how it ended. Raises RuntimeError where it failed."""
@@ -34,6 +35,9 @@ class Training:
             outcome = execute(run, Pool(Path(pool), Path(out)), threads=threads, on_start=self._remember)
         finally:
             signal.signal(signal.SIGTERM, before)
+        if outcome.status == "interrupted" and not self._queued_again:
+            # A task that returned would count as complete, and never be queued again.
+            raise RuntimeError(f"{run.id} ({run.label}): stopped by a signal; its state is saved, submit it again")
         if outcome.status == "failed":
             raise RuntimeError(f"{run.id} ({run.label}): {outcome.message}")
         return outcome.status
@@ -42,6 +46,7 @@ class Training:
         """Called before a preemption or the end of the time limit: save, and queue the rest."""
         import submitit
 
+        self._queued_again = True
         self._interrupt()
         while self._job is not None and self._job.poll() is None:
             time.sleep(0.5)
@@ -70,7 +75,7 @@ def submit(runs: Sequence[Run], pool: Pool, slurm: SlurmConfig, *, cluster: str,
     if not waiting:
         return []
     pool.prepare()
-    executor = _executor(pool, cluster)
+    executor = _executor(pool, slurm, cluster)
     executor.update_parameters(**parameters)
     ready = [run for run in waiting if _make_ready(run, pool, cluster)]
     columns = zip(*(_arguments(run, pool, slurm.cpus_per_task) for run in ready), strict=True)
@@ -91,13 +96,15 @@ def _arguments(run: Run, pool: Pool, threads: int) -> tuple[str, str, str, str, 
     return str(config.absolute()), run.part, point, str(pool.pool.absolute()), str(pool.out.absolute()), threads
 
 
-def _executor(pool: Pool, cluster: str) -> Any:
+def _executor(pool: Pool, slurm: SlurmConfig, cluster: str) -> Any:
     try:
         import submitit
     except ImportError:
         raise SweepError("submit needs the package submitit: pip install 'engram[slurm]'") from None
     try:
-        return submitit.AutoExecutor(folder=pool.pool / "slurm", cluster=cluster)
+        return submitit.AutoExecutor(
+            folder=pool.pool / "slurm", cluster=cluster, slurm_max_num_timeout=slurm.max_requeues
+        )
     except RuntimeError as error:
         raise SweepError(f"--cluster {cluster}: {error}; `run` trains on this machine") from None
 

@@ -100,6 +100,8 @@ class SlurmConfig(Settings):
     cpus_per_task: Count = 8
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     mem_gb: Positive | None = None
+    # How often a run that reaches its time limit is queued again, to go on from its checkpoint.
+    max_requeues: Count = 100
     # Runs at a time.
     array_parallelism: Count = 256
     # Lines before a run, such as `module load`, and further #SBATCH settings.

@@ -87,6 +87,7 @@ def test_budgets_of_flops_set_the_steps_of_all_ratios_alike(tmp_path: Path) -> N
         (dict(axes={"optim.lr": [-1]}), ["optim.lr: is -1, but must be above 0"]),
         (dict(axes={"x": {"y": {"model.memory.heads": 3}}}), ["x=y", "did you mean 'num_heads'?"]),
         (dict(axes={"train": [3]}), ["train: is 3, but must be a section"]),
+        (dict(derive="allocation", axes={"rho": [0.51, 0.5]}), ["rho=0.51 and rho=0.5 are the same run: drop one"]),
         (dict(derive="memory", axes={"rows": [1.5]}), ["rows is 1.5, but rows per head are a whole number"]),
         (dict(derive="memory", axes={"rows": [-1]}), ["rows is -1"]),
         (

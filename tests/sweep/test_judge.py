@@ -205,3 +205,25 @@ def test_results_are_plain_json() -> None:
 def test_two_ratios_are_refused() -> None:
     with pytest.raises(UserError, match="2 ratios cannot be judged"):
         judge([0.5, 0.8, 1.0], [3.0, 2.9, np.nan])
+
+
+def test_the_activated_share_is_that_of_the_models() -> None:
+    """Where the experts' term starts from a large activated share, as in small models, the fit needs to know it."""
+    loss = 3 + 0.05 * (0.47 + RHO) ** -2.5 + 0.02 * (0.05 + 1 - RHO) ** -0.5
+    fine = np.linspace(RHO[0], 1, 2001)
+    truth = fine[np.argmin(3 + 0.05 * (0.47 + fine) ** -2.5 + 0.02 * (0.05 + 1 - fine) ** -0.5)]
+    found = judge(RHO, noisy_losses(loss), activated_share=0.47)
+    assert found.verdict == "interior minimum" and found.argmin == pytest.approx(truth, abs=0.04)
+    assert found.curve.p0 == 0.47
+
+
+def test_runs_that_contradict_the_curve_leave_it_unresolved() -> None:
+    """One ratio far below its neighbours: no curve of two terms has such a dip."""
+    loss = 3 + 0.05 * RHO
+    loss[-2] -= 0.06
+    found = judge(RHO, noisy_losses(loss))
+    assert found.verdict == "not resolved" and found.wrong_shape and "do not follow the fitted curve" in found.says
+
+
+def noisy_losses(loss: np.ndarray) -> np.ndarray:
+    return loss[:, None] + np.random.default_rng(3).normal(0, 0.0005, (len(loss), 3))

@@ -66,7 +66,8 @@ def test_a_cancelled_task_saves(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=cancel).start()
-    assert slurm.Training()(*task(run, pool)) == "interrupted"
+    with pytest.raises(RuntimeError, match="submit it again"):
+        slurm.Training()(*task(run, pool))
     assert ledger(pool, "saved") == [run.id] and pool.state(run).status == "pending"
     assert signal.getsignal(signal.SIGTERM) is before
 

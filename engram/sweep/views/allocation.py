@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from engram.sweep import paper
-from engram.sweep.judge import Allocation, Interval, Move, compare, judge
+from engram.sweep.judge import Allocation, Move, compare, judge
+from engram.sweep.paired import Interval
 from engram.sweep.views.points import Points
 from engram.sweep.views.words import compared
 
 AXIS = "rho"
+# Activated over sparse parameters of the paper's allocation models, as counted on configs/paper/allocation_*.yaml.
+PAPERS_SHARE = 0.11
 # A curve needs as many ratios.
 _FEWEST = 3
 # Of the table of a part; costs are of the fitted curve, above its minimum, in nats per token.
@@ -163,7 +166,18 @@ def _curve(name: str, points: Points) -> Curve:
     finished = np.isfinite(points.loss).any(axis=1)
     rho = np.array(points.column("rho_counted"))
     enough = len(np.unique(rho[finished])) >= _FEWEST
-    return Curve(name, points, tuple(rho.tolist()), judge(rho, points.loss) if enough else None)
+    return Curve(
+        name,
+        points,
+        tuple(rho.tolist()),
+        judge(rho, points.loss, activated_share=_activated_share(points)) if enough else None,
+    )
+
+
+def _activated_share(points: Points) -> float:
+    """Activated over sparse parameters: p0 of the curve. The paper's models, of which no counts are kept, have 0.11."""
+    row = points.rows[0]
+    return row["activated"] / row["sparse"] if row.get("sparse") else PAPERS_SHARE
 
 
 def _cells(curve: Curve) -> list[str]:

@@ -92,7 +92,8 @@ class Bars:
 
     def warnings(self) -> list[str]:
         few = sorted({difference.n for _, difference in self.measured if difference.n < 3})
-        return [f"differences of {few[0]} seed{'s' if few[0] > 1 else ''}"] if few else []
+        notes = [f"differences of {few[0]} seed{'s' if few[0] > 1 else ''}"] if few else []
+        return [*notes, *([self.points.count] if self.points.finished < self.points.loss.size else [])]
 
 
 def bars_view(name: str, part: Part, everything: Mapping[str, Points]) -> Bars:

@@ -37,9 +37,13 @@ class Contest:
     gain: Difference | None
     reference: str | None
     seeds: int
+    # Points with a finished run.
+    finished: int
 
     @property
     def says(self) -> str:
+        if self.finished < 2:
+            return f"{self.best} alone is finished: nothing to compare"
         text = f"lowest at {self.best}"
         if self.gain is not None and self.reference is not None:
             text += f", {compared(self.gain, self.reference)}"
@@ -101,7 +105,9 @@ class Lines:
         return [self.axis, *ticks], rows
 
     def warnings(self) -> list[str]:
-        return []
+        few = min((contest.seeds for contest in self.contests), default=0)
+        notes = [f"{few} seed{'s' if few > 1 else ''}"] if 0 < few < 3 else []
+        return [*notes, *([self.points.count] if self.points.finished < self.points.loss.size else [])]
 
 
 def lines_view(name: str, part: Part, everything: Mapping[str, Points]) -> Lines:
@@ -156,6 +162,7 @@ def _contest(lines: Sequence[Line], held: tuple[Points, int] | None) -> Contest:
         gain=difference_from(whole, best, *held) if held else None,
         reference=held[0].label(held[1]) if held else None,
         seeds=int(np.isfinite(whole.loss).any(axis=0).sum()),
+        finished=int(np.isfinite(whole.loss).any(axis=1).sum()),
     )
 
 
