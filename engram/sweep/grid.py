@@ -117,8 +117,8 @@ def _derive(config: Config, derived: dict[str, float], part: Part) -> Config:
 
 def _with_rows(model: ModelConfig, rows: float) -> ModelConfig:
     """`rows` rows per head in every n-gram table that the model has; 0 takes the tables away."""
-    if rows != int(rows) or rows < 0:
-        raise ConfigError(f"rows is {rows}, but rows per head are a whole number, 0 for no table")
+    if rows != int(rows) or rows < 0 or rows == 1:
+        raise ConfigError(f"rows is {rows}, but rows per head are a whole number of at least 2, or 0 for no table")
     tables = {name: getattr(model, name) for name in ("memory", "over_encoding") if getattr(model, name)}
     if not tables:
         raise ConfigError(

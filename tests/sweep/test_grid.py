@@ -90,6 +90,7 @@ def test_budgets_of_flops_set_the_steps_of_all_ratios_alike(tmp_path: Path) -> N
         (dict(derive="allocation", axes={"rho": [0.51, 0.5]}), ["rho=0.51 and rho=0.5 are the same run: drop one"]),
         (dict(derive="memory", axes={"rows": [1.5]}), ["rows is 1.5, but rows per head are a whole number"]),
         (dict(derive="memory", axes={"rows": [-1]}), ["rows is -1"]),
+        (dict(derive="memory", axes={"rows": [1]}), ["rows is 1, but rows per head are a whole number of at least 2"]),
         (
             dict(derive="memory", axes={"rows": [5]}, overrides={"model.memory": None}),
             ["the model has no n-gram table"],
