@@ -21,8 +21,8 @@ examples:
   python -m engram.sweep report configs/sweep/study.yaml
 
 A run is named by its settings: what several sweeps ask for is trained once, and `run` after an interruption goes on
-where things stood. What failed by itself, or was killed, waits for `retry`. pool and out are relative to the folder that
-the command is called from.
+where things stood. What failed by itself, or was killed, waits for `retry`. pool and out are relative to the folder
+that the command is called from.
 
 exit status:
   0    done

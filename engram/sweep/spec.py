@@ -112,7 +112,7 @@ class SlurmConfig(Settings):
 class Sweep(Settings):
     """A sweep's file, with every part's defaults filled in from the top level."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\\\0]+$")]
+    name: Annotated[str, Field(pattern=r"^[^/]+$")]
     parts: Annotated[dict[Name, Part], Field(min_length=1)]
     # Run folders by run id, shared by all sweeps.
     pool: Path = Path("runs/pool")
