@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engram.training.run_folder import cpu_name
+from engram.training.provenance import cpu_name
 
 # Fewer repeats are a trial: they prove nothing, and nothing of them is kept.
 FEWEST_REPEATS = 5

@@ -53,6 +53,8 @@ ALLOWED: dict[str, set[str]] = {
         # What a run leaves behind: its checkpoints and its metrics. Never the trainer.
         "engram.training.checkpoint",
         "engram.training.checkpoint_files",
+        "engram.training.files",
+        "engram.training.provenance",
         "engram.training.metrics",
         "engram.report",
     },

@@ -114,9 +114,7 @@ class Decoder:
         x_BTGD = expand(model.embed_tokens(recent)[:, -new:], model.config.hc_mult)
         for layer, block in enumerate(self._blocks):
             x_BTGD = self._run(block, layer, x_BTGD, hash_ids.get(layer), start, rope, mask_TS)
-        x_BTGD = x_BTGD[:, -1:]
-        x_BTD = model.readout(x_BTGD) if model.readout is not None else x_BTGD.squeeze(2)
-        return model.head(model.norm(x_BTD)).float().squeeze(1)
+        return model.unembed(x_BTGD[:, -1:]).squeeze(1)
 
     def _run(
         self,

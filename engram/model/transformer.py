@@ -183,8 +183,15 @@ class Transformer(nn.Module):
         x_BTGD = expand(self.embed_tokens(tokens_BT, document_ids), self.config.hc_mult)
         for layer, block in enumerate(self.blocks):
             x_BTGD = self._run(block, x_BTGD, hash_ids.get(layer), rope, mask)
-        x_BTD = self.readout(x_BTGD) if self.readout is not None else x_BTGD.squeeze(2)
-        return self.norm(x_BTD)
+        return self.norm(self.merge(x_BTGD))
+
+    def merge(self, x_BTGD: Tensor) -> Tensor:
+        """The streams as one state [B, T, D], the way the head's norm reads them."""
+        return self.readout(x_BTGD) if self.readout is not None else x_BTGD.squeeze(2)
+
+    def unembed(self, x_BTGD: Tensor) -> Tensor:
+        """Logits float32 [B, T, V] of the streams at any depth: the model's own merge, norm and head (LogitLens)."""
+        return self.head(self.norm(self.merge(x_BTGD))).float()
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Mean cross-entropy over targets that are not -100, in nats; in training mode plus the balance losses."""

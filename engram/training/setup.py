@@ -17,7 +17,7 @@ from engram.data.shards import Dataset, verify_folder
 from engram.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from engram.memory.vocabulary import VocabularyMap
 from engram.model.transformer import Transformer
-from engram.training.run_folder import cpu_name
+from engram.training.provenance import cpu_name
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import pytest
 
 from engram.config import Config
 from engram.training.files import unfinished
-from engram.training.run_folder import RunFolder, RunFolderError, differences, provenance
+from engram.training.provenance import provenance
+from engram.training.run_folder import RunFolder, RunFolderError, differences
 
 MakeConfig = Callable[..., Config]
 
@@ -145,7 +146,7 @@ def test_code_json_keeps_every_start_and_one_id(make_config: MakeConfig) -> None
 
 def test_provenance_tells_uncommitted_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = {"rev-parse": "abc\n", "diff": ""}
-    monkeypatch.setattr("engram.training.run_folder._git", lambda command, *_: outputs[command])
+    monkeypatch.setattr("engram.training.provenance._git", lambda command, *_: outputs[command])
     assert (provenance()["commit"], provenance()["uncommitted_sha256"]) == ("abc", None)
     outputs["diff"] = "abc"
     # sha256 of "abc".

@@ -1,0 +1,1 @@
+"""One file for each task of `python -m eval`: its options, and what it runs with them."""

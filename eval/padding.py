@@ -1,0 +1,42 @@
+"""Rows of different lengths as batches: padded on the right, where a causal model cannot see it.
+
+Padding on the left would stand inside the n-grams' windows and change what the memory is asked for.
+
+Legend: B rows, T tokens of the longest.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """`tokens_BT` int64 and `real_BT` bool (False: padding); `indices` are the rows' places in the caller's list."""
+
+    indices: list[int]
+    tokens_BT: Tensor
+    real_BT: Tensor
+
+
+def padded_batches(
+    rows: Sequence[Sequence[int]], max_tokens: int, device: torch.device | str = "cpu", pad_id: int = 0
+) -> Iterator[PaddedBatch]:
+    """All rows, the longest first, in batches of at most `max_tokens` tokens with their padding (one row at least).
+
+    Rows of like length share a batch, so little is padded; the order depends on lengths and places alone.
+    """
+    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]), index))
+    start = 0
+    while start < len(order):
+        width = len(rows[order[start]])
+        indices = order[start : start + max(1, max_tokens // max(1, width))]
+        tokens_BT = torch.full((len(indices), width), pad_id, dtype=torch.int64)
+        real_BT = torch.zeros(len(indices), width, dtype=torch.bool)
+        for place, index in enumerate(indices):
+            tokens_BT[place, : len(rows[index])] = torch.tensor(rows[index], dtype=torch.int64)
+            real_BT[place, : len(rows[index])] = True
+        yield PaddedBatch(indices, tokens_BT.to(device), real_BT.to(device))
+        start += len(indices)
