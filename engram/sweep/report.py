@@ -80,7 +80,7 @@ def _part(
         page.note(f"Incomplete: {view.points.count} are finished, and what follows rests on these.")
     if not view.points.finished:
         return
-    for figure, caption in _figures(view, figures):
+    for figure, caption in figures_of(view, figures):
         page.figure(figure, caption)
     header, table = view.table()
     if table:
@@ -96,7 +96,8 @@ def _part(
     )
 
 
-def _figures(view: PartView, folder: Path) -> Iterator[tuple[SavedFigure, str]]:
+def figures_of(view: PartView, folder: Path) -> Iterator[tuple[SavedFigure, str]]:
+    """The figure of a part, written into `folder`, and its caption."""
     pairing = f"Dots are seeds without their common level, means carry {LEVEL:.0%} intervals. "
     if isinstance(view, AllocationView):
         yield (
