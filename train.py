@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     description = "Train the model that CONFIG describes, in the folder run_dir."
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=EPILOG, formatter_class=layout)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file; every setting stands in engram/config.py")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file; engram/config.py and config_model.py hold every setting"
+    )
     parser.add_argument(
         "overrides", metavar="a.b=c", nargs="*", default=[], help="settings that replace those of CONFIG"
     )

@@ -42,13 +42,18 @@ def within(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
 
 
+def matters(key: str) -> bool:
+    """Whether the dotted `key` is part of what a run is: runs that differ in it are different runs."""
+    return within(key, MEASURE) or not within(key, FREE + ROUNDING)
+
+
 def semantic_settings(config: Config) -> dict[str, Any]:
     """Dotted key -> value of every setting that matters and differs from its default.
 
     Defaults are left out, so that a setting which the code learns later does not rename the runs made before.
     """
     flat = _flatten(config.model_dump(mode="json", exclude_defaults=True))
-    return {key: value for key, value in flat.items() if within(key, MEASURE) or not within(key, FREE + ROUNDING)}
+    return {key: value for key, value in flat.items() if matters(key)}
 
 
 def run_id(config: Config) -> str:

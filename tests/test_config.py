@@ -175,7 +175,7 @@ def test_shipped_configs_load_count_and_explain_themselves(path: Path, tmp_path:
             "data.sources=[{name: sotu, txt_key: body}]",
             "data.sources.0.txt_key: unknown key (value 'body'); did you mean 'text_key'?",
         ),
-        ("train.2=3", "train.2: unknown key (value 3); the keys here are steps, batch_size, micro_batch_size, "),
+        ("train.2=3", "train.2: unknown key (value 3); the keys here are steps, init_from, batch_size, "),
         ("quantize=3", "quantize: unknown key (value 3); the keys here are model, data, train, optim, eval, "),
         # Nothing where something is wanted.
         ("run_dir=", "run_dir: is empty, but must be text"),

@@ -19,6 +19,7 @@ QUICKSTART = ROOT / "configs/quickstart.yaml"
         "train.compile=false",
         "train.log_every=7",
         "train.checkpoint_every=3",
+        "train.skip_nonfinite=3",
         "train.wandb.mode=disabled",
         "eval.prompt=Once",
         "eval.batch_size=2",

@@ -9,6 +9,13 @@ def short(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 3725 -> 1:02:05."""
+    """Days, hours, minutes and seconds: 3725 -> 1:02:05, 90000 -> 1 d 1:00:00."""
     minutes, second = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days:,} d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 run`, `3 runs`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -10,17 +10,12 @@ from engram.model.accounting import count_flops, count_parameters
 Counting = Literal["6nd", "counted"]
 
 
-def tokens_for(model: ModelConfig, flops: float, *, sequence_length: int, counting: Counting = "6nd") -> int:
-    """Training tokens that cost `flops`, forward and backward, rounded down.
-
-    Ratios of one allocation share the tokens of the model without memory: pass that one for all of them.
-    Raises ConfigError: `flops` is not a positive finite number, or `counting` is unknown.
-    """
-    return math.floor(_tokens(model, flops, sequence_length, counting))
-
-
 def steps_for(config: Config, flops: float, counting: Counting = "6nd") -> int:
-    """Whole optimizer steps nearest to `flops`. Raises ConfigError when not even one step fits, and as `tokens_for`."""
+    """Whole optimizer steps whose cost, forward and backward, is nearest to `flops`.
+
+    Ratios of one allocation share the tokens of the model without memory: pass that one for all of them. Raises
+    ConfigError: not even one step fits, `flops` is not a positive finite number, or `counting` is unknown.
+    """
     tokens = _tokens(config.model, flops, config.data.sequence_length, counting)
     if tokens < config.tokens_per_step:
         raise ConfigError(

@@ -1,11 +1,14 @@
 """Finished runs -> one tidy table, their curves, and a small copy of each run that makes `out` complete in itself."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engram.config_file import UserError
+from engram.report.text import counted
 from engram.sweep.grid import Run, unique
+from engram.sweep.pool import Pool
 from engram.sweep.record import Record, columns, curve, read_record
 from engram.sweep.spec import Sweep
 from engram.sweep.tables import Row, axis_cell, axis_column, write_curves, write_runs, write_whole
@@ -25,30 +28,45 @@ class Collected:
     failed: tuple[Run, ...]
     # Not trained yet: rows with empty losses too.
     missing: tuple[Run, ...]
+    # Left out, with the reason: rows as of missing ones.
+    damaged: tuple[tuple[Run, str], ...]
+    # Parts whose runs saw different data, in words.
+    mixed: tuple[str, ...]
 
     @property
     def says(self) -> str:
-        text = f"{self.out / 'runs.csv'}: {self.done} of {self.done + len(self.failed) + len(self.missing)} runs"
+        total = self.done + len(self.failed) + len(self.missing) + len(self.damaged)
+        text = f"{self.out / 'runs.csv'}: {self.done} of {counted(total, 'run')}"
         if self.failed:
             text += f"\nfailed, without a finite loss: {_names(self.failed)}"
         if self.missing:
             text += f"\nmissing: {_names(self.missing)}"
-        return text
+        text += "".join(f"\nwarning: {words}" for words in self.mixed)
+        return text + "".join(f"\ndamaged: {run.part} {run.label}: {wrong}" for run, wrong in self.damaged)
 
 
 def collect(sweep: Sweep, runs: Sequence[Run]) -> Collected:
     """Write `out`/runs.{csv,parquet}, `out`/curves.parquet and `out`/runs/<id>/ from the pool or from earlier copies.
 
-    Raises SweepError: a folder that holds another run than its name says, or damaged files.
+    Runs whose files are damaged, or are another run's, are left out and named. Raises SweepError: `out` cannot be
+    written.
     """
-    once = unique(list(runs))
+    once, pool = unique(list(runs)), Pool(sweep.pool, sweep.out)
     found: dict[str, Record] = {}
+    damaged: list[tuple[Run, str]] = []
     for run in once:
-        folder = _locate(sweep, run.id)
-        if folder is None:
-            continue
-        found[run.id] = read_record(folder, run.id)
-        _keep(folder, sweep.out / "runs" / run.id)
+        wrong = []
+        for folder in _places(pool, run):
+            try:
+                found[run.id] = read_record(folder, run.id)
+            except UserError as error:
+                wrong.append(str(error))
+                continue
+            _keep(folder, pool.copy_folder(run))
+            break
+        else:
+            damaged += [(run, complaint) for complaint in wrong[:1]]
+    left_out = {run.id for run, _ in damaged}
     axes = list(dict.fromkeys(axis for run in runs for axis in run.point))
     write_runs([_row(run, found.get(run.id)) for run in runs], [axis_column(axis) for axis in axes], sweep.out)
     curves = [{"run_id": run.id, **line} for run in once if run.id in found for line in curve(found[run.id])]
@@ -57,20 +75,33 @@ def collect(sweep: Sweep, runs: Sequence[Run]) -> Collected:
         out=sweep.out,
         done=sum(record.status == "done" for record in found.values()),
         failed=tuple(run for run in once if run.id in found and found[run.id].status == "failed"),
-        missing=tuple(run for run in once if run.id not in found),
+        missing=tuple(run for run in once if run.id not in found and run.id not in left_out),
+        damaged=tuple(damaged),
+        mixed=tuple(_mixed(runs, found)),
     )
 
 
-def _locate(sweep: Sweep, run_id: str) -> Path | None:
-    """Where a run lies that came to its end, the pool's before the copy, a finished one before a diverged one."""
-    pool, copy = sweep.pool / run_id, sweep.out / "runs" / run_id
-    for folder in (pool, copy):
-        if (folder / "done.json").exists():
-            return folder
+def _places(pool: Pool, run: Run) -> list[Path]:
+    """Where a run may lie that came to its end: the pool's before the copy, and only if none is finished, diverged."""
+    if finished := pool.finished_folders(run):
+        return finished
     # train.py leaves this behind when a run diverges; of a diverged run, the copy has no done.json.
-    if any(pool.glob("postmortem_*")):
-        return pool
-    return copy if (copy / "config.yaml").exists() else None
+    if any(pool.run_folder(run).glob("postmortem_*")):
+        return [pool.run_folder(run)]
+    copy = pool.copy_folder(run)
+    return [copy] if (copy / "config.yaml").exists() else []
+
+
+def _mixed(runs: Sequence[Run], found: Mapping[str, Record]) -> Iterator[str]:
+    """A file of texts may have changed under its name: what is compared must have seen the same."""
+    for part in dict.fromkeys(run.part for run in runs):
+        by_data: dict[str, list[Run]] = {}
+        for run in runs:
+            if run.part == part and run.id in found and (data := found[run.id].data) is not None:
+                by_data.setdefault(data, []).append(run)
+        if len(by_data) > 1:
+            groups = (f"{counted(len(group), 'run')} ({group[0].label}) {data}" for data, group in by_data.items())
+            yield f"{part}: its runs saw different data, and are not to be compared: {'; '.join(groups)}"
 
 
 def _keep(folder: Path, copy: Path) -> None:
@@ -86,7 +117,7 @@ def _without_place(code: bytes) -> bytes:
     """Provenance without host and command: copies are published, and those tell of whoever trained the run."""
     starts = [
         {key: value for key, value in start.items() if key not in ("host", "command")}
-        for start in json.loads(code)["starts"]
+        for start in json.loads(code).get("starts", [])
     ]
     return (json.dumps({"starts": starts}, indent=2) + "\n").encode()
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from engram.report.text import duration
+from engram.report.text import counted, duration
 from engram.sweep.grid import Run
 from engram.sweep.pool import Pool, RunState
 from engram.sweep.tail import last_lines
@@ -54,9 +54,11 @@ class Display:
 
     def __enter__(self) -> Self:
         if len(self._ended) == self._total:
-            self.say(f"all {self._total} runs are done: nothing to do")
+            self.say(
+                "nothing to do: " + ("the run is done" if self._total == 1 else f"all {self._total} runs are done")
+            )
         elif self._ended:
-            self.say(f"{len(self._ended)} of {self._total} runs are done already")
+            self.say(f"{len(self._ended)} of {counted(self._total, 'run')} done already")
         self._bars.start()
         return self
 
@@ -116,7 +118,9 @@ class Display:
                 self.say("  " + lines.replace("\n", "\n  ") + f"\n  all of it: {log}")
         rest = self._total - done - len(failed)
         counts = [f"{done} done", *([f"{len(failed)} failed"] if failed else []), *([f"{rest} to go"] if rest else [])]
-        self.say(f"{self._total} runs: {', '.join(counts)}; {duration(time.monotonic() - self._begun)} spent")
+        self.say(
+            f"{counted(self._total, 'run')}: {', '.join(counts)}; {duration(time.monotonic() - self._begun)} spent"
+        )
         if failed:
             self.say(f"`{RETRY}` trains the failed ones once more, from their last checkpoints")
 

@@ -5,17 +5,19 @@ import shutil
 import signal
 import subprocess
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from rich.console import Console
 
+from engram.report.text import counted
 from engram.sweep.display import Display
 from engram.sweep.grid import Run, unique
 from engram.sweep.pool import Pool
-from engram.sweep.worker import Job, Outcome
+from engram.sweep.queued import forget_queued, living_jobs
+from engram.sweep.worker import DIVERGED, Job, Outcome
 
 # Seconds between two looks at the running processes, and at runs that another process trains.
 TICK, FOREIGN_TICK = 0.2, 2.0
@@ -23,6 +25,9 @@ DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
 # Requests to stop after which trainings are killed: the first lets them save, the second ends them at once, but one
 # that hangs hears neither.
 _PATIENCE = 3
+# A device or a disk that is broken fails one run after another, at once: so many failures in a row, each within so many
+# seconds of its start, and nothing more is started in that place.
+BROKEN_AFTER, SOON = 3, 60.0
 
 
 def run_all(
@@ -31,35 +36,48 @@ def run_all(
     *,
     jobs: int,
     fail_fast: bool = False,
+    again: bool = False,
     command: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> int:
     """Train every run that is neither done nor failed; returns an exit status: 0 all done, 1 some are not, or 130.
 
-    A run that another process is training is waited for, and trained here should that process give up. Failed runs of
-    earlier calls stay failed (`reset` frees them). Raises SweepError: the pool cannot be written, or a finished run is
-    not what its name says.
+    A run that another process is training is waited for, and trained here should that process give up. Left alone:
+    failed runs of earlier calls (`reset` frees them), damaged ones, and (but for `again`) those that wait in a
+    cluster's queue. Raises SweepError: the pool cannot be written.
     """
     runs = unique(list(runs))
     pool.prepare()
-    for run in runs:
-        pool.check(run)
-    driver = _Driver(runs, pool, jobs, fail_fast, command, Display(console or Console(stderr=True), runs, pool))
+    damaged = {run.id: wrong for run in runs if (wrong := pool.check(run))}
+    sound = [run for run in runs if run.id not in damaged]
+    queued = {} if again else living_jobs(sound, pool)
+    display = Display(console or Console(stderr=True), sound, pool)
+    driver = _Driver(sound, pool, jobs, fail_fast, command, display, queued)
     with driver.display, _signals(driver.interrupt):
         driver.work()
-    return driver.conclude()
-
-
-def reset(runs: Iterable[Run], pool: Pool) -> list[Run]:
-    """Free what failed or was lost, and return it."""
-    again = []
+    code = driver.conclude()
     for run in runs:
-        if pool.state(run).status in ("failed", "lost"):
-            with pool.held(run) as mine:
-                if mine:
-                    pool.write_job(run, status="pending", message="")
-                    again.append(run)
-    return again
+        if run.id in damaged:
+            display.say(f"damaged: {run.id} ({run.part}, {run.label}): {damaged[run.id]}")
+    return code or (SOME_FAILED if damaged else DONE)
+
+
+def reset(runs: Iterable[Run], pool: Pool, *, diverged: bool = False) -> tuple[list[Run], list[Run]]:
+    """Free what failed or was lost; returns that, and what diverged, which is freed only where `diverged` says so."""
+    again, left = [], []
+    for run in runs:
+        if pool.state(run).status not in ("failed", "lost"):
+            continue
+        if not diverged and pool.read_job(run).get("exit_code") == DIVERGED:
+            left.append(run)
+            continue
+        with pool.held(run) as mine:
+            if mine:
+                pool.write_job(run, status="pending", exit_code=None, message="")
+                # Its job has ended with it.
+                forget_queued(run, pool)
+                again.append(run)
+    return again, left
 
 
 def visible_gpus() -> list[str]:
@@ -85,6 +103,7 @@ class _Driver:
         fail_fast: bool,
         command: Sequence[str] | None,
         display: Display,
+        queued: Mapping[str, str],
     ) -> None:
         self.runs, self.pool, self.fail_fast, self.command = runs, pool, fail_fast, command
         self.display = display
@@ -94,23 +113,34 @@ class _Driver:
         self.foreign: list[Run] = []
         self.failed: list[tuple[Run, str]] = []
         self.failed_now = False
-        self._sort()
+        self._sort(queued)
         self.jobs = max(1, min(jobs, len(self.waiting)))
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
         self.gpus = visible_gpus()
+        # Failures in a row of each slot, soon after their starts; and the slots in which nothing more is started.
+        self._broken: Counter[int] = Counter()
+        self._closed_slots: set[int] = set()
         # Requests to stop, and how many of them each slot's training has been sent.
         self.interrupts = 0
         self._sent: dict[int, int] = {}
         self._announced: set[str] = set()
         self._next_look = 0.0
 
-    def _sort(self) -> None:
+    def _sort(self, queued: Mapping[str, str]) -> None:
+        left = []
         for run in self.runs:
             state = self.pool.state(run)
             if state.status == "failed":
                 self.failed.append((run, f"failed before: {state.message}"))
+            elif run.id in queued and state.status in ("pending", "lost"):
+                left.append(queued[run.id])
             elif state.status != "done":
                 self.waiting.append(run)
+        if left:
+            self.display.say(
+                f"{counted(len(left), 'run')} left to the queue that `submit` put them in (jobs {', '.join(left)}): "
+                "cancel those jobs, or give --again, to train them here"
+            )
 
     def work(self) -> None:
         while self.running or ((self.waiting or self.foreign) and not self._closed):
@@ -124,7 +154,7 @@ class _Driver:
     @property
     def _closed(self) -> bool:
         """Nothing more is started."""
-        return self.interrupts > 0 or (self.fail_fast and self.failed_now)
+        return self.interrupts > 0 or (self.fail_fast and self.failed_now) or len(self._closed_slots) == self.jobs
 
     def interrupt(self) -> None:
         """Called by a signal, wherever the driver is: the loop passes it on."""
@@ -144,6 +174,12 @@ class _Driver:
     def conclude(self) -> int:
         """Say how it went, what failed, and how to go on."""
         done = sum(self.pool.is_done(run) for run in self.runs)
+        if self.waiting and len(self._closed_slots) == self.jobs:
+            self.display.say(
+                f"stopped, as every place for a training has failed {BROKEN_AFTER} times in a row; not tried: "
+                f"{counted(len(self.waiting), 'run')}. See to the machine (disk, memory, GPUs), then `retry` trains "
+                "the failed ones and `run` the rest"
+            )
         # Another driver may have retried one with success.
         self.display.conclude(done, [(run, message) for run, message in self.failed if not self.pool.is_done(run)])
         if self.interrupts:
@@ -151,11 +187,10 @@ class _Driver:
         return DONE if done == len(self.runs) else SOME_FAILED
 
     def _fill(self) -> None:
-        free = [slot for slot in range(self.jobs) if slot not in self.running]
+        free = [slot for slot in range(self.jobs) if slot not in self.running and slot not in self._closed_slots]
         while self.waiting and free and not self._closed:
             run = self.waiting.popleft()
-            gpu = self.gpus[free[0] % len(self.gpus)] if self.gpus else None
-            job = Job.start(run, self.pool, threads=self.threads, gpu=gpu, command=self.command)
+            job = Job.start(run, self.pool, threads=self.threads, gpu=self._gpu(free[0]), command=self.command)
             if isinstance(job, Job):
                 slot = free.pop(0)
                 self.running[slot], self._sent[slot] = job, 0
@@ -165,6 +200,27 @@ class _Driver:
                 self._announce(run)
             else:
                 self._ended(run, job, None)
+                if not job.settled and self._closes(free[0], job, 0.0):
+                    free.pop(0)
+
+    def _gpu(self, slot: int) -> str | None:
+        return self.gpus[slot % len(self.gpus)] if self.gpus else None
+
+    def _closes(self, slot: int, outcome: Outcome, seconds: float) -> bool:
+        """Count the slot's failures, and say whether this one was its last. Divergence is no fault of the machine."""
+        if outcome.status != "failed" or outcome.exit_code == DIVERGED or seconds > SOON:
+            del self._broken[slot]
+            return False
+        self._broken[slot] += 1
+        if self._broken[slot] < BROKEN_AFTER:
+            return False
+        self._closed_slots.add(slot)
+        gpu = self._gpu(slot)
+        self.display.say(
+            f"place {slot + 1} of {self.jobs}{'' if gpu is None else f' (GPU {gpu})'}: {BROKEN_AFTER} trainings in a "
+            f"row failed within {SOON:.0f} seconds: nothing more is started there"
+        )
+        return True
 
     def _announce(self, run: Run) -> None:
         if run.id not in self._announced:
@@ -176,7 +232,11 @@ class _Driver:
             outcome = job.poll()
             if outcome is not None:
                 del self.running[slot]
-                self._ended(job.run, outcome, time.time() - job.started)
+                seconds = time.time() - job.started
+                self._ended(job.run, outcome, seconds)
+                self._closes(slot, outcome, seconds)
+                if outcome.status == "elsewhere":
+                    self.foreign.append(job.run)
 
     def _ended(self, run: Run, outcome: Outcome, seconds: float | None) -> None:
         """`seconds`: that it took here, None where it was trained elsewhere or never began."""

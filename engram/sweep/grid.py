@@ -13,6 +13,9 @@ from engram.sweep.allocation import allocate
 from engram.sweep.budget import steps_for
 from engram.sweep.spec import DERIVED_AXES, Part, Sweep, SweepError
 
+# Of one head: the largest published table has 384 million rows for its 24 heads together.
+MOST_ROWS = 2**40
+
 
 @dataclass(frozen=True)
 class Run:
@@ -29,7 +32,7 @@ class Run:
     @property
     def label(self) -> str:
         """`rho=0.8 seed=1`, for people."""
-        return " ".join(f"{name}={value}" for name, value in {**self.point, "seed": self.seed}.items())
+        return words({**self.point, "seed": self.seed})
 
 
 def expand(sweep: Sweep, part: str | None = None) -> list[Run]:
@@ -55,6 +58,19 @@ def unique(runs: list[Run]) -> list[Run]:
     return list(first.values())
 
 
+def words(point: dict[str, Any]) -> str:
+    """`rho=0.8 flops=3e9`."""
+    return " ".join(f"{axis}={shown(value)}" for axis, value in point.items()) or "its only point"
+
+
+def shown(value: Any) -> str:
+    """A value of an axis; large floating-point numbers without a row of zeros: 3000000000.0 -> 3e9."""
+    if not isinstance(value, float) or abs(value) < 1e6:
+        return str(value)
+    mantissa, exponent = f"{value:.15e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def _expand_part(sweep: Sweep, name: str) -> Iterator[Run]:
     part = sweep.parts[name]
     base = read_tree(part.base)
@@ -63,20 +79,16 @@ def _expand_part(sweep: Sweep, name: str) -> Iterator[Run]:
         try:
             config = _resolve(part, point, base)
         except ConfigError as error:
-            raise SweepError(f"{sweep.name}, part {name}, {_words(point)}: {error}") from None
+            raise SweepError(f"{sweep.name}, part {name}, {words(point)}: {error}") from None
         for seed in part.seeds:
             seeded = config.replace(seed=seed, data=config.data.replace(shuffle_seed=seed))
             identity = run_id(seeded)
             # Two ratios that mean the same number of experts would count as two points of one curve.
             if "rho" in part.axes and identity in taken:
-                both = f"{_words(taken[identity])} and {_words(point)}"
+                both = f"{words(taken[identity])} and {words(point)}"
                 raise SweepError(f"{sweep.name}, part {name}: {both} are the same run: drop one")
             taken[identity] = point
             yield Run(identity, name, point, seed, seeded.replace(run_dir=str(sweep.pool / identity)))
-
-
-def _words(point: dict[str, Any]) -> str:
-    return " ".join(f"{axis}={value}" for axis, value in point.items()) or "its only point"
 
 
 def _points(part: Part) -> Iterator[dict[str, Any]]:
@@ -119,6 +131,10 @@ def _with_rows(model: ModelConfig, rows: float) -> ModelConfig:
     """`rows` rows per head in every n-gram table that the model has; 0 takes the tables away."""
     if rows != int(rows) or rows < 0 or rows == 1:
         raise ConfigError(f"rows is {rows}, but rows per head are a whole number of at least 2, or 0 for no table")
+    if rows > MOST_ROWS:
+        raise ConfigError(
+            f"rows is {shown(rows)}, but no machine holds more than {MOST_ROWS:,} rows per head: lower it"
+        )
     tables = {name: getattr(model, name) for name in ("memory", "over_encoding") if getattr(model, name)}
     if not tables:
         raise ConfigError(

@@ -10,10 +10,10 @@ Verdicts, in this order:
   measurably worse than others.
 
 A minimum nearer to an end than to the next measured ratio counts as at the end, since no run tells them apart: unless
-the runs at the end itself are measurably worse than the best ratio's (their paired difference is resolved).
+the runs at the end itself are measurably worse than the best ratio's (`simultaneous.tied_with`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import f as f_distribution
 
 from engram.config_file import UserError
+from engram.sweep.costs import Costs, Regret, Within
 from engram.sweep.paired import (
     Additive,
     Difference,
@@ -30,6 +31,7 @@ from engram.sweep.paired import (
     paired_difference,
     resampled_means,
 )
+from engram.sweep.simultaneous import tied_with
 from engram.sweep.u_curve import ACTIVATED_SHARE, Family, Parabola, TwoTerm, fit_parabola
 
 Array = NDArray[np.float64]
@@ -37,6 +39,8 @@ Verdict = Literal["interior minimum", "no interior minimum", "not resolved"]
 
 # The paper's recommended share of experts (its text says 75 to 80 %).
 PAPERS_CHOICE = 0.8
+# Costs above the minimum, nats per token, whose ranges of ratios are said.
+NEAR = (0.005, 0.01, 0.02)
 FEWEST_RATIOS = 5
 # Probability below which differences between ratios are taken as more than noise.
 _RESOLVED = 0.05
@@ -47,18 +51,6 @@ _SMALL = 0.02
 _PLACES = 401
 # Floor and scale of one term: bounds leave the rest less freedom than a parameter each, and fewer count as caution.
 _PARAMETERS = 2
-
-
-@dataclass(frozen=True)
-class Regret:
-    """What the ratio `rho` costs on the fitted curve above its minimum, nats per token."""
-
-    rho: float
-    loss: float
-    interval: Interval | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"rho": self.rho, "loss": self.loss, "interval": self.interval}
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,8 @@ class Allocation:
     p_value: float | None
     # Shares of draws with their minimum at the lower and upper end.
     at_ends: tuple[float, float] | None
-    # The measured ratio of the lowest mean, and the others whose paired difference from it is not resolved.
+    # The measured ratio of the lowest mean, those left aside of which a run diverged, and the others that are not
+    # resolved from it, all compared at once.
     best: float
     tied: tuple[float, ...]
     # The best measured ratio minus rho = 1, as measured; None where rho = 1 was not.
@@ -94,6 +87,8 @@ class Allocation:
     regret_moe: Regret | None
     regret_parabola: Regret
     regret_paper: Regret | None
+    # For each of NEAR.
+    within: tuple[Within, ...]
     # The curve misses the means by more than noise, or is lowest at an end whose runs are measurably worse than others.
     wrong_shape: bool
     warnings: tuple[str, ...]
@@ -122,27 +117,7 @@ class Allocation:
         return f"interior minimum at {place}, {self.depth:.4f} nats below the higher end"
 
     def as_dict(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "resampled"}
-        plain = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in plain.items()}
-        return {**plain, "says": self.says}
-
-
-@dataclass(frozen=True)
-class Move:
-    """Where the second budget's optimum lies minus the first's."""
-
-    difference: float
-    interval: Interval | None
-    verdict: Literal["moves", "not resolved"]
-    says: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "difference": self.difference,
-            "interval": self.interval,
-            "verdict": self.verdict,
-            "says": self.says,
-        }
+        return {name: value for name, value in asdict(self).items() if name != "resampled"} | {"says": self.says}
 
 
 def judge(
@@ -156,8 +131,8 @@ def judge(
 ) -> Allocation:
     """Fit the means over seeds of `loss` [n, s] at `rho` [n], and refit them for `samples` draws over seeds.
 
-    activated_share: activated over sparse parameters, the curve's p0. A missing run is NaN. Raises UserError: fewer
-    than three ratios with a finished run.
+    activated_share: activated over sparse parameters, the curve's p0. A missing run is NaN, one that diverged infinite.
+    Raises UserError: fewer than three ratios with a finished run.
     """
     rho, loss = _finished(np.asarray(rho, dtype=float), np.asarray(loss, dtype=float))
     low, high = float(rho[0]), float(rho[-1])
@@ -168,24 +143,16 @@ def judge(
     places = np.linspace(low, high, _PLACES)
     curves = family.curves(resampled_means(found, samples, seed), places)
     # The grid of shapes is coarse: its minimum of the means is where the refined one should be.
-    coarse = places[np.argmin(family.curves(found.means[None], places))]
-    best = int(np.argmin(found.means))
-    excluded = [bool((worse := _difference(loss[end], loss[best], level)) and worse.resolved) for end in (0, -1)]
-    resampled = _at_ends(rho, places[np.argmin(curves, axis=1)] + minimum - coarse, excluded)
+    coarse = family.curves(found.means[None], places)[0]
+    best = _lowest(loss, found.means)
+    tied = tied_with(loss, best, level)
+    excluded = [end != best and end not in tied for end in (0, len(rho) - 1)]
+    resampled = _at_ends(rho, places[np.argmin(curves, axis=1)] + minimum - places[np.argmin(coarse)], excluded)
     loss_at_minimum = float(curve.predict(minimum))
     depth = float(curve.predict([low, high]).max()) - loss_at_minimum
 
-    def regret(at: float) -> Regret | None:
-        if not low <= at <= high:
-            return None
-        value = float(curve.predict(at)) - loss_at_minimum
-        # Every draw's curve at `at`, between its neighbours on the grid.
-        position = (at - low) / (high - low) * (_PLACES - 1)
-        left = min(int(position), _PLACES - 2)
-        here = curves[:, left] + (position - left) * (curves[:, left + 1] - curves[:, left])
-        return Regret(at, max(value, 0.0), central_interval(np.maximum(here - curves.min(axis=1), 0.0), level))
-
-    at_parabola = regret(parabola.argmin(low, high))
+    costs = Costs(curve, places, curves, coarse, level)
+    at_parabola = costs.at(parabola.argmin(low, high))
     assert at_parabola is not None
     ends = (float(np.mean(resampled == low)), float(np.mean(resampled == high))) if len(resampled) else None
     interval = central_interval(resampled, level)
@@ -209,34 +176,16 @@ def judge(
         p_value=found.p_value,
         at_ends=ends,
         best=float(rho[best]),
-        tied=_tied(rho, loss, best, level),
-        against_moe=_difference(loss[best], loss[-1], level) if high == 1 else None,
-        regret_moe=regret(1.0),
+        tied=tuple(float(rho[index]) for index in tied),
+        against_moe=paired_difference(loss[best], loss[-1], level) if high == 1 else None,
+        regret_moe=costs.at(1.0),
         regret_parabola=at_parabola,
-        regret_paper=regret(PAPERS_CHOICE),
+        regret_paper=costs.at(PAPERS_CHOICE),
+        within=tuple(costs.within(nat) for nat in NEAR),
         wrong_shape=bool(misfit or contradicted),
         warnings=_warnings(rho, loss, found, depth, curve.rmse),
         resampled=resampled,
     )
-
-
-def compare(a: Allocation, b: Allocation, *, seed: int = 0) -> Move:
-    """Whether the optimum of `b` lies elsewhere than that of `a`, both taken as independent of each other."""
-    difference = b.argmin - a.argmin
-    count = min(len(a.resampled), len(b.resampled))
-    if not count:
-        return Move(
-            difference, None, "not resolved", "one seed or too few runs: whether the optimum moves is not resolved"
-        )
-    shuffled = np.random.default_rng(seed).permutation(b.resampled)[:count]
-    interval = central_interval(shuffled - a.resampled[:count], a.level)
-    assert interval is not None
-    shown = f"by {difference:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})"
-    if "not resolved" in (a.verdict, b.verdict):
-        return Move(difference, interval, "not resolved", "a curve that is not resolved has no optimum that could move")
-    if interval[0] <= 0 <= interval[1]:
-        return Move(difference, interval, "not resolved", f"whether the optimum moves is not resolved: {shown}")
-    return Move(difference, interval, "moves", f"the optimum moves {shown}")
 
 
 def _finished(rho: Array, loss: Array) -> tuple[Array, Array]:
@@ -248,6 +197,12 @@ def _finished(rho: Array, loss: Array) -> tuple[Array, Array]:
         raise UserError(f"a curve through {len(np.unique(rho))} ratios cannot be judged: finish runs at 3 or more")
     order = np.argsort(rho)
     return rho[order], loss[order]
+
+
+def _lowest(loss: Array, means: Array) -> int:
+    """Where a run diverged, the others are those that went well: such a ratio is not taken as better than others."""
+    diverged = np.isinf(loss).any(axis=1)
+    return int(np.argmin(means if diverged.all() else np.where(diverged, np.inf, means)))
 
 
 def _verdict(found: Additive, ends: tuple[float, float] | None) -> Verdict:
@@ -267,16 +222,6 @@ def _at_ends(rho: Array, places: Array, excluded: list[bool]) -> Array:
     return np.where(at_first, first, np.where(at_last, last, places))
 
 
-def _tied(rho: Array, loss: Array, best: int, level: float) -> tuple[float, ...]:
-    differences = {index: _difference(loss[index], loss[best], level) for index in range(len(rho)) if index != best}
-    return tuple(float(rho[index]) for index, found in differences.items() if found is None or not found.resolved)
-
-
-def _difference(a: Array, b: Array, level: float) -> Difference | None:
-    """None where no seed has finished both."""
-    return paired_difference(a, b, level) if np.isfinite(a - b).any() else None
-
-
 def _warnings(rho: Array, loss: Array, found: Additive, depth: float, rmse: float) -> tuple[str, ...]:
     notes = []
     if len(rho) < FEWEST_RATIOS:
@@ -291,7 +236,7 @@ def _warnings(rho: Array, loss: Array, found: Additive, depth: float, rmse: floa
         notes.append(
             f"the curve misses the means by {rmse:.4f}, more than noise does: its minimum is that of a wrong shape"
         )
-    missing = int((~np.isfinite(loss)).sum())
+    missing = int(np.isnan(loss).sum())
     if missing:
         notes.append(f"{missing} of {loss.size} runs are missing")
     return tuple(notes)

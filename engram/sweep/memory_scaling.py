@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 
 from engram.config_file import UserError
 from engram.sweep.paired import Interval, additive, central_interval, paired_difference, resampled_means
+from engram.sweep.words import signed
 
 Array = NDArray[np.float64]
 Fit = Callable[[Array, Array], "LogLinear | PowerLaw"]
@@ -96,9 +97,9 @@ class Offset:
 def fit_scaling(rows: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: int = 0, level: float = 0.9) -> Scaling:
     """Both laws through the means over seeds of `loss` [n, s] at `rows` [n], by least squares.
 
-    A missing run is NaN, and 0 rows are left out. Intervals come from draws over seeds, one for all points. A law is
-    preferred if its errors at left-out points are smaller, and the difference of absolute errors is resolved over
-    points (Student's t at `level`). Raises UserError: fewer than three sizes.
+    A missing run is NaN, one that diverged infinite, and 0 rows are left out. Intervals come from draws over seeds,
+    one for all points. A law is preferred if its errors at left-out points are smaller, and the difference of absolute
+    errors is resolved over points (Student's t at `level`). Raises UserError: fewer than three sizes.
     """
     finished = np.isfinite(np.atleast_2d(np.asarray(loss, dtype=float).T)).any(axis=1)
     rows, loss = _finished(np.asarray(rows, dtype=float), np.asarray(loss, dtype=float))
@@ -110,7 +111,7 @@ def fit_scaling(rows: ArrayLike, loss: ArrayLike, *, samples: int = 2000, seed: 
     short = len(rows) < FEWEST_POINTS or np.log10(rows[-1] / rows[0]) < SHORTEST_RANGE
     if line_errors is not None and power_errors is not None and not short:
         difference = paired_difference(np.abs(line_errors), np.abs(power_errors), level)
-        if difference.resolved:
+        if difference is not None and difference.resolved:
             preferred = "log-linear" if difference.mean < 0 else "power law"
     resampled = resampled_means(found, samples, seed) @ np.linalg.pinv(_design(rows)).T
     interval = central_interval(resampled[:, 1], level)
@@ -152,8 +153,9 @@ def offset(first: Scaling, second: Scaling) -> Offset:
     elif len(first.resampled) and len(first.resampled) == len(second.resampled):
         losses, factors = _apart(first.resampled, second.resampled, at)
         loss_interval = central_interval(losses, first.level)
-        # A slope that may be zero or less leaves the factor without an upper end.
-        factor_interval = central_interval(factors, first.level) if np.isfinite(factors).all() else None
+        # A slope that is zero or less in more draws than lie above the interval leaves it without an upper end.
+        if np.mean(np.isinf(factors)) < (1 - first.level) / 2 - 1 / len(factors):
+            factor_interval = central_interval(factors, first.level)
     rows_factor = float(factor[0]) if np.isfinite(factor[0]) else None
     return Offset(at, float(loss[0]), loss_interval, rows_factor, factor_interval, warnings)
 
@@ -228,18 +230,20 @@ def _warnings(rows: Array, loss: Array) -> tuple[str, ...]:
         found.append(f"{decades:.2g} decades of rows, less than {SHORTEST_RANGE}: the kind of law stays open")
     if loss.shape[1] == 1:
         found.append("one seed: the slope has no interval")
-    missing = int((~np.isfinite(loss)).sum())
+    elif loss.shape[1] == 2:
+        found.append("two seeds: intervals are several times as long as with three")
+    missing = int(np.isnan(loss).sum())
     if missing:
         found.append(f"{missing} of {loss.size} runs are missing")
     return tuple(found)
 
 
 def _sentence(b: float, interval: Interval | None, preferred: str) -> str:
-    text = f"ten times the rows change the loss by {-b:+.4f}"
+    text = f"ten times the rows change the loss by {signed(-b, 4)}"
     if interval is None:
         text += " (no interval)"
     else:
-        text += f" ({-interval[1]:+.4f} to {-interval[0]:+.4f})"
+        text += f" ({signed(-interval[1], 4)} to {signed(-interval[0], 4)})"
         if interval[0] <= 0 <= interval[1]:
             text += ", not resolved from zero"
     if preferred == "not resolved":

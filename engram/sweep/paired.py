@@ -12,8 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
-from engram.config_file import UserError
-
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
@@ -32,16 +30,17 @@ class Difference:
         return asdict(self)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.9) -> Difference:
+def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.9) -> Difference | None:
     """mean(a - b) over seeds [s], with the interval of Student's t, which is exact for few seeds and normal noise.
 
-    Seeds that miss either run (NaN) are left out. Raises UserError: no seed has both.
+    Seeds that miss either run (NaN, or infinite) are left out; None where no seed has both.
     """
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    difference = difference[np.isfinite(difference)]
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    both = np.isfinite(a) & np.isfinite(b)
+    difference = a[both] - b[both]
     n = len(difference)
     if n == 0:
-        raise UserError("no seed has finished both runs of a difference: finish one seed of both first")
+        return None
     mean = float(difference.mean())
     if n == 1:
         return Difference(mean, None, None, False, 1)

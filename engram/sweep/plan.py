@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from engram.model.accounting import count_bytes, count_flops, count_parameters, rho, table_rows
-from engram.report.text import duration, short
+from engram.report.text import counted, duration, short
 from engram.sweep.allocation import achieved
-from engram.sweep.grid import Run, unique
+from engram.sweep.grid import Run, shown, unique
 from engram.sweep.pool import Pool
 
 # Training FLOPs per second that a run is taken to reach where no finished run tells: a thread of a server's processor.
@@ -53,7 +54,7 @@ def speed(runs: Iterable[Run], pool: Pool) -> tuple[float, str]:
             per_token = count_flops(run.config.model, run.config.data.sequence_length).training
             speeds.append(state.tokens_per_second * per_token)
     if speeds:
-        return statistics.median(speeds), f"as the {len(speeds)} finished runs had it"
+        return statistics.median(speeds), f"the median of {counted(len(speeds), 'finished run')}"
     return ASSUMED_SPEED, "assumed, because no run has finished yet"
 
 
@@ -72,9 +73,9 @@ def summary(runs: Sequence[Run], points: Sequence[PlannedPoint], pool: Pool, job
     seconds = sum(cost[run] for run in left) / flops_per_second / jobs
     shared = f" ({len(runs) - len(once)} of {len(runs)} are shared by several parts)" if len(once) < len(runs) else ""
     return (
-        f"{len(once)} runs{shared}, {len(once) - len(left)} done, {len(left)} to go: {sum(cost.values()):.1e} FLOPs in "
-        f"all; about {duration(seconds)} for the rest, {jobs} at a time with {flops_per_second / 1e9:.0f} GFLOP/s each "
-        f"({source})"
+        f"{counted(len(once), 'run')}{shared}, {len(once) - len(left)} done, {len(left)} to go: "
+        f"{sum(cost.values()):.1e} FLOPs in all; about {duration(seconds)} for the rest, {jobs} at a time with "
+        f"{flops_per_second / 1e9:.0f} GFLOP/s each ({source})"
     )
 
 
@@ -99,7 +100,7 @@ def _table(part: str, points: Sequence[PlannedPoint], flops_per_second: float) -
         table.add_column(f"{name} counted" if name in axes else name, justify="right")
     for point in points:
         table.add_row(
-            *(str(value) for value in point.point.values()),
+            *(shown(value) for value in point.point.values()),
             f"{point.rho:.3f}",
             str(point.experts),
             f"{point.rows:,}",
@@ -108,7 +109,7 @@ def _table(part: str, points: Sequence[PlannedPoint], flops_per_second: float) -
             short(point.activated_as_paper),
             short(point.tokens),
             f"{point.flops:.1e}",
-            f"{short(point.bytes)}B",
+            decimal(point.bytes),
             str(len(point.runs)),
             duration(point.flops / flops_per_second),
         )

@@ -1,10 +1,11 @@
 """Where runs live, and how each of them stands.
 
     <pool>/<id>/        the run folder that train.py writes
-    <pool>/jobs/<id>/   config.yaml (what train.py is given)  state.json  log.txt  lock
+    <pool>/jobs/<id>/   config.yaml (what train.py is given)  state.json  queued.json (by `submit`)  log.txt  lock
     <out>/runs/<id>/    the small files of a finished run, which may come from another machine
 
 The lock is held by whoever trains the run, down to the training process itself: it outlives a driver that was killed.
+Not every file system carries locks from host to host: there, state.json is the lease, written anew with each heartbeat.
 """
 
 import contextlib
@@ -24,16 +25,19 @@ from engram.sweep.grid import Run
 from engram.sweep.spec import SweepError
 from engram.sweep.tail import last_metrics, number, read_object
 
-Status = Literal["done", "running", "failed", "lost", "pending"]
+Status = Literal["done", "running", "failed", "damaged", "lost", "pending"]
 # A run on another host counts as lost when its worker has not written for this long.
 LOST_AFTER_SECONDS = 120
 # Whoever looks whether a lock is held has it for an instant: a claim tries again before it gives up.
 _CLAIM_TRIES, _CLAIM_PAUSE = 3, 0.01
+_ANEW = "move {} away, and `run` trains the run anew"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How a run stands. `lost`: it was running, and neither its lock nor its heartbeat is there any more."""
+    """How a run stands. `lost`: it was running, and neither its lock nor its heartbeat is there any more. `damaged`: it
+    was finished, and its files have lost something since.
+    """
 
     status: Status
     steps: int
@@ -66,11 +70,20 @@ class Pool:
         return self.finished_folder(run) is not None
 
     def finished_folder(self, run: Run) -> Path | None:
-        """The folder whose done.json says that the run is finished: the pool's, else the copy in `out`."""
-        for folder in (self.run_folder(run), self.out / "runs" / run.id):
-            if (folder / "done.json").exists():
-                return folder
-        return None
+        """The whole folder whose done.json says that the run is finished: the pool's, else the copy in `out`."""
+        return next((folder for folder in self.finished_folders(run) if not damage(folder)), None)
+
+    def damage(self, run: Run) -> str:
+        """What is wrong with a finished run of which no whole folder is left; empty for every other run."""
+        found = [damage(folder) for folder in self.finished_folders(run)]
+        return found[0] if all(found) and found else ""
+
+    def copy_folder(self, run: Run) -> Path:
+        return self.out / "runs" / run.id
+
+    def finished_folders(self, run: Run) -> list[Path]:
+        """Those with a done.json, whole or damaged, the pool's before the copy."""
+        return [folder for folder in (self.run_folder(run), self.copy_folder(run)) if (folder / "done.json").exists()]
 
     def prepare(self) -> None:
         """Make the pool's folders. Raises SweepError: they cannot be written."""
@@ -79,29 +92,22 @@ class Pool:
         except OSError as error:
             raise SweepError(f"pool {self.pool}: cannot be written ({error.strerror}): choose another") from None
 
-    def check(self, run: Run) -> None:
-        """Raises SweepError: what is kept under the run's id, finished or begun, was trained with other settings."""
+    def check(self, run: Run) -> str:
+        """What is wrong with what is kept under the run's id, and what to do; empty where nothing is. Reads its config,
+        which `state` has no time for.
+        """
+        if wrong := self.damage(run):
+            return wrong
         finished = self.finished_folder(run)
-        if finished is not None and not (finished / "config.yaml").exists():
-            raise SweepError(
-                f"{finished} has a done.json, but no config.yaml that says what was trained: move the folder away, "
-                "and the run is trained anew"
-            )
         folder = finished or self.job_folder(run)
         if not (folder / "config.yaml").exists():
-            return
+            return ""
         try:
             found = run_id(load_config(folder / "config.yaml"))
-        except ConfigError:
+        except ConfigError as error:
             # A job's own config is written anew at the next start.
-            if finished is None:
-                return
-            raise
-        if found != run.id:
-            raise SweepError(
-                f"{folder} holds run {found}, but its name says {run.id} ({run.label}): two configs with one id; move "
-                "the folder away, and the run is trained anew"
-            )
+            return f"{error}; {_ANEW.format(folder)}" if finished else ""
+        return "" if found == run.id else f"{folder} holds run {found}, not {run.id}; {_ANEW.format(folder)}"
 
     def claim(self, run: Run) -> int | None:
         """Take the run's lock: an open file descriptor that holds it, or None while another process has it."""
@@ -154,13 +160,28 @@ class Pool:
             last = last_metrics(finished / "metrics.jsonl") | read_object(finished / "done.json")
             return RunState("done", **common, **_progress(last, steps, run.config.tokens_per_step))
         last = last_metrics(self.run_folder(run) / "metrics.jsonl")
+        wrong = self.damage(run)
         status, message = self._unfinished(run, job)
+        if wrong:
+            status, message = "damaged", wrong
         return RunState(status, **common, **_progress(last, steps, run.config.tokens_per_step), message=message)
 
     def runs_on_another_host(self, run: Run) -> bool:
-        """By its heartbeat: not every file system carries locks from host to host."""
-        job = self.read_job(run)
-        return job.get("status") == "running" and job.get("host") != socket.gethostname() and _beats(job)
+        """By signs of life. A cluster's task that was queued again is the same task: its former self is gone."""
+        job, task = self.read_job(run), slurm_task()
+        if job.get("status") != "running" or job.get("host") == socket.gethostname():
+            return False
+        return self._lives(run, job) and (task is None or job.get("slurm_task") != task)
+
+    def _lives(self, run: Run, job: dict[str, Any]) -> bool:
+        """Clocks of two hosts may differ: besides the time that the worker wrote down, those at which its files were
+        written count. A time that lies ahead as far says no more than one long past.
+        """
+        now, signs = time.time(), [number(job.get("heartbeat")) or 0]
+        for path in (self.job_folder(run) / "state.json", self.run_folder(run) / "metrics.jsonl"):
+            with contextlib.suppress(OSError):
+                signs.append(path.stat().st_mtime)
+        return any(abs(now - sign) < LOST_AFTER_SECONDS for sign in signs)
 
     def _unfinished(self, run: Run, job: dict[str, Any]) -> tuple[Status, str]:
         message = str(job.get("message", ""))
@@ -169,12 +190,28 @@ class Pool:
         if job.get("status") != "running":
             return "pending", message
         here = job.get("host") == socket.gethostname()
-        alive = _is_locked(self.job_folder(run) / "lock") if here else _beats(job)
+        alive = _is_locked(self.job_folder(run) / "lock") if here else self._lives(run, job)
         return ("running", message) if alive else ("lost", "its worker is gone")
 
 
-def _beats(job: dict[str, Any]) -> bool:
-    return time.time() - (number(job.get("heartbeat")) or 0) < LOST_AFTER_SECONDS
+def damage(folder: Path) -> str:
+    """What the folder of a finished run has lost, and what to do; empty where its files end as they should."""
+    done = read_object(folder / "done.json").get("step")
+    if not isinstance(done, int):
+        wrong = "its done.json names no step"
+    elif not (folder / "config.yaml").exists():
+        wrong = "it has no config.yaml that says what was trained"
+    elif (last := last_metrics(folder / "metrics.jsonl").get("step")) != done:
+        wrong = f"its metrics.jsonl ends at step {last or 0}, but it was trained to step {done}"
+    else:
+        return ""
+    return f"{folder} is damaged: {wrong}; {_ANEW.format(folder)}"
+
+
+def slurm_task() -> str | None:
+    """Id of the cluster's task that this process is, None outside of one. A task that is queued again keeps it."""
+    job, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{job}_{task}" if job and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _is_locked(path: Path) -> bool:

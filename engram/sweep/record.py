@@ -1,7 +1,6 @@
 """One run's folder as one row of the table: counts from its config, losses from its metrics, provenance."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +9,12 @@ from engram.config import Config, NgramConfig, load_config
 from engram.config_identity import run_id
 from engram.model.accounting import count_flops, count_parameters, rho, table_rows
 from engram.sweep.allocation import achieved
+from engram.sweep.pool import damage
 from engram.sweep.spec import SweepError
+from engram.sweep.tail import number
 
 # `failed`: the run diverged, or its validation loss is not finite. `missing`: not trained, or still in training.
 Status = Literal["done", "failed", "missing"]
-# Evaluations that `val_loss_mean` averages, the last ones of a run.
-_AVERAGED = 3
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,12 @@ class Record:
     done: dict[str, Any]
     start: dict[str, Any]
 
+    @property
+    def data(self) -> str | None:
+        """Digests of the documents that it was trained on and of their tokenizer; None where they were not noted."""
+        found = [str(self.start[name])[:12] for name in ("data_digest", "tokenizer_digest") if name in self.start]
+        return " ".join(found) or None
+
 
 def read_record(folder: Path, expected: str) -> Record:
     """Read a run folder, or the copy of its small files. Raises SweepError: damaged, or not the run `expected`."""
@@ -38,9 +43,11 @@ def read_record(folder: Path, expected: str) -> Record:
             f"{folder}: its config.yaml is that of run {found}, but the folder is named as run {expected}: it was "
             "edited or copied from elsewhere; move the folder away, and the run is trained anew"
         )
+    if (folder / "done.json").exists() and (wrong := damage(folder)):
+        raise SweepError(wrong)
     done = _json(folder / "done.json")
     starts = _json(folder / "code.json").get("starts") or [{}]
-    finite = _finite(done.get("val_loss")) is not None
+    finite = number(done.get("val_loss")) is not None
     metrics = read_metrics(folder / "metrics.jsonl")
     return Record("done" if finite else "failed", config, metrics, done, starts[0])
 
@@ -64,7 +71,7 @@ def curve(record: Record) -> list[dict[str, Any]]:
     """One row for each logged step."""
     keys = ("loss", "val_loss", "lr", "grad_norm")
     return [
-        {"step": line["step"], "tokens": line.get("tokens"), **{key: _finite(line.get(key)) for key in keys}}
+        {"step": line["step"], "tokens": line.get("tokens"), **{key: number(line.get(key)) for key in keys}}
         for line in record.metrics
     ]
 
@@ -100,19 +107,15 @@ def _counts(config: Config) -> dict[str, Any]:
 
 
 def _losses(record: Record | None) -> dict[str, Any]:
-    names = ("train_loss", "val_loss", "val_loss_best", "val_loss_mean", "seconds", "tokens_per_second")
+    names = ("train_loss", "val_loss", "val_loss_best", "seconds", "tokens_per_second")
     if record is None or record.status != "done":
         return dict.fromkeys(names)
     done = record.done
-    evaluated = [_finite(line.get("val_loss")) for line in record.metrics if line["step"] < done["step"]]
-    # The last evaluation is taken from done.json: the line of metrics that holds it may have been cut off.
-    last = [loss for loss in evaluated if loss is not None][1 - _AVERAGED :] + [done["val_loss"]]
     seconds, tokens = _seconds(record.metrics)
     found = (
-        _finite(done.get("loss")),
+        number(done.get("loss")),
         done["val_loss"],
-        _finite(done.get("best_val_loss")),
-        math.fsum(last) / len(last),
+        number(done.get("best_val_loss")),
         seconds,
         tokens / seconds if seconds else None,
     )
@@ -123,7 +126,7 @@ def _seconds(metrics: list[dict[str, Any]]) -> tuple[float | None, int]:
     """Seconds of training, without evaluation and saving, and the tokens that they were spent on."""
     seconds, spent, before = 0.0, 0, 0
     for line in metrics:
-        speed, tokens = _finite(line.get("tokens_per_second")), line.get("tokens", before)
+        speed, tokens = number(line.get("tokens_per_second")), line.get("tokens", before)
         if speed:
             seconds += (tokens - before) / speed
             spent += tokens - before
@@ -163,8 +166,3 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("step"), int):
         raise SweepError(f"{where} is no object with a step: repair or remove that line")
     return found
-
-
-def _finite(value: Any) -> float | None:
-    """A finite number as it is; None for everything else."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None

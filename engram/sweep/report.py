@@ -10,16 +10,19 @@ from engram.sweep.figures.bars import bars_figure
 from engram.sweep.figures.lines import lines_figure
 from engram.sweep.figures.runs import runs_figure
 from engram.sweep.figures.scaling import scaling_figure
-from engram.sweep.report_tables import counted_table, folded, origin_table, run_list
+from engram.sweep.report_tables import counted_table, folded, origin_table, points_table, run_list
 from engram.sweep.spec import Sweep, SweepError
 from engram.sweep.study import PartView, Study, write_fits
 from engram.sweep.tables import Row, read_table
 from engram.sweep.views.allocation import AllocationView
 from engram.sweep.views.bars import Bars
 from engram.sweep.views.lines import Lines
-from engram.sweep.views.points import Points
 from engram.sweep.views.scaling import ScalingView
 from engram.sweep.views.spread import LEVEL
+
+_PAPERS_BUDGETS = "Below, the paper's two budgets (no seeds are reported), fitted by the same code. "
+_PAPERS_SLOTS = "Beside it, the paper's points, fitted by the same code. "
+_PAPERS_CHANGES = "Diamonds: the paper's differences for changes of these names, at its scale. "
 
 
 def write(sweep: Sweep) -> Path:
@@ -31,13 +34,13 @@ def write(sweep: Sweep) -> Path:
         curves.setdefault(line["run_id"], []).append(line)
     path = sweep.out / "report.html"
     try:
-        return build_page(study, rows, curves, sweep.out / "figures").write(path)
+        return build_page(sweep, study, rows, curves).write(path)
     except OSError as error:
         raise SweepError(f"{path}: cannot be written ({error.strerror}): give another folder as `out`") from None
 
 
-def build_page(study: Study, rows: Sequence[Row], curves: Mapping[str, Sequence[Row]], figures: Path) -> Page:
-    """All sections; figures and their data are written into the folder `figures`."""
+def build_page(sweep: Sweep, study: Study, rows: Sequence[Row], curves: Mapping[str, Sequence[Row]]) -> Page:
+    """All sections; figures and their data are written into `out`/figures."""
     page = Page(study.name, _state(rows))
     page.tiles(tile for view in study.views.values() for tile in _tiles(view))
     page.section("Answers")
@@ -45,9 +48,8 @@ def build_page(study: Study, rows: Sequence[Row], curves: Mapping[str, Sequence[
         ["part", "finished", "finding"],
         [row for name, view in study.views.items() for row in _findings(name, view)],
     )
-    everything = {name: view.points for name, view in study.views.items()}
-    for name, view in study.views.items():
-        _part(page, name, view, [row for row in rows if row["part"] == name], curves, everything, figures)
+    for name in study.views:
+        _part(page, sweep, study, name, [row for row in rows if row["part"] == name], curves)
     _certainty(page, study)
     page.section("Provenance")
     page.table(*origin_table(rows), "A commit with -modified had changes that were not committed.")
@@ -65,14 +67,9 @@ def _findings(name: str, view: PartView) -> list[list[str]]:
 
 
 def _part(
-    page: Page,
-    name: str,
-    view: PartView,
-    rows: Sequence[Row],
-    curves: Mapping[str, Sequence[Row]],
-    everything: Mapping[str, Points],
-    figures: Path,
+    page: Page, sweep: Sweep, study: Study, name: str, rows: Sequence[Row], curves: Mapping[str, Sequence[Row]]
 ) -> None:
+    view, figures = study.views[name], sweep.out / "figures"
     page.section(name)
     for finding in view.findings:
         page.text(f"{finding}.")
@@ -90,9 +87,17 @@ def _part(
         page.figure(drawing, "Every run of this part. Where runs have few evaluations, their training loss is shown. ")
     folded(
         page,
+        f"Mean and spread of all {len(view.points.rows)} points",
+        *points_table(view.points),
+        "Nats per token over the finished seeds of each point; sd of single runs, with what a seed does to all points.",
+    )
+    everything = {part: other.points for part, other in study.views.items()}
+    folded(
+        page,
         f"Counted parameters of all {len(rows)} runs",
-        *counted_table(view.points, rows, everything),
-        "Without the vocabulary's two matrices. Deviations are from the model without memory.",
+        *counted_table(name, sweep.parts[name], rows, everything),
+        "Without the vocabulary's two matrices. Deviations are from the part's model without memory, else from its "
+        "reference.",
     )
 
 
@@ -103,21 +108,22 @@ def figures_of(view: PartView, folder: Path) -> Iterator[tuple[SavedFigure, str]
         yield (
             allocation_figure(view, folder),
             f"{pairing}Solid: two-term fit; dashed: parabola; band: {LEVEL:.0%} interval of the minimum's place; grey "
-            "line: experts only. Below, the paper's two budgets (no seeds are reported), fitted by the same code. ",
+            f"line: experts only. {_PAPERS_BUDGETS if view.paper else ''}",
         )
     elif isinstance(view, ScalingView):
         yield (
             scaling_figure(view, folder),
-            f"{pairing}Solid: log-linear fit; dotted: power law with a floor; dashed grey: no table. Beside it, the "
-            "paper's points, fitted by the same code. ",
+            f"{pairing}Solid: log-linear fit; dotted: power law with a floor; dashed grey: no table. "
+            f"{_PAPERS_SLOTS if view.paper else ''}",
         )
     elif isinstance(view, Lines):
-        yield lines_figure(view, folder), f"{pairing}Dashed grey: the reference, with the range of its seeds. "
+        dashed = "Dashed grey: the reference, with the range of its seeds. " if view.reference else ""
+        yield lines_figure(view, folder), f"{pairing}{dashed}"
     elif isinstance(view, Bars):
+        diamonds = _PAPERS_CHANGES if any(bar.paper is not None for bar in view.bars) else ""
         yield (
             bars_figure(view, folder),
-            f"Differences of runs of the same seed, with {LEVEL:.0%} intervals (Student's t). Diamonds: the paper's "
-            "differences for changes of these names, at its scale. ",
+            f"Differences of runs of the same seed, with {LEVEL:.0%} intervals (Student's t). {diamonds}",
         )
 
 
@@ -139,7 +145,10 @@ def _certainty(page: Page, study: Study) -> None:
         f"All intervals hold with {LEVEL:.0%}. Runs of one seed see the same batches in the same order, so that "
         "differences are taken within seeds: Student's t over seeds for a difference, a bootstrap over seeds for the "
         "place of a minimum and for a slope. They cover the choice of seed and nothing else: not the corpus, not the "
-        "model's size. Of many differences that are none, one in ten passes as resolved.",
+        "model's size. What is not resolved from the lowest point is said for all points at once, with one noise for "
+        f"all of them: of points that are equal, none is taken for worse in {LEVEL:.0%} of cases. Differences from a "
+        "reference are each on their own: of many that are none, one in ten passes as resolved, and the lowest of "
+        "many lies a little too low.",
     )
     rows = []
     for name, view in study.views.items():

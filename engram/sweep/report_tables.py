@@ -4,41 +4,63 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from engram.report.page import Page
+from engram.sweep.spec import Part
 from engram.sweep.tables import Row, axis_column
+from engram.sweep.views.head import NONE, summaries
 from engram.sweep.views.points import Points
+from engram.sweep.views.reference import reference_point
+from engram.sweep.words import signed
 
-NONE = "–"
 _COUNTED = (
     *("total", "activated", "activated_as_paper", "memory", "rho_counted"),
     *("experts", "rows", "shared_dim", "ffn_dim"),
 )
 
 
+def points_table(points: Points) -> tuple[list[str], list[list[str]]]:
+    """Mean and sd over seeds of every point, and how many of its runs are finished."""
+    table = []
+    for row, found in zip(points.rows, summaries(points), strict=True):
+        numbers = [NONE if number is None else f"{number:.4f}" for number in (found.mean, found.sd)]
+        values = [_cell(row[axis_column(axis)]) for axis in points.axes]
+        table.append([*values, *numbers, str(found.n), str(found.diverged)])
+    return [*points.axes, "mean", "sd", "seeds", "diverged"], table
+
+
 def counted_table(
-    points: Points, rows: Sequence[Row], everything: Mapping[str, Points]
+    name: str, part: Part, rows: Sequence[Row], everything: Mapping[str, Points]
 ) -> tuple[list[str], list[list[str]]]:
-    """Every run of a part with its counted parameters, and their deviation from the model without memory."""
+    """Every run of part `name` with its counted parameters, and their deviation from what it is compared with."""
+    points = everything[name]
     header = ["run", *points.axes, "seed", *(name.replace("_", " ") for name in _COUNTED)]
     header += ["total vs. base", "activated vs. base", "validation loss"]
     table = []
     for row in rows:
-        base = base_row(row, points, everything)
+        base = base_row(row, name, part, everything)
         cells = [row["run_id"], *(_cell(row[axis_column(axis)]) for axis in points.axes), str(row["seed"])]
         cells += [_cell(row[name]) for name in _COUNTED]
-        cells += [f"{100 * (row[name] / base[name] - 1):+.2f} %" if base else NONE for name in ("total", "activated")]
+        cells += [_deviation(row[name], base[name]) if base else NONE for name in ("total", "activated")]
         loss = row["val_loss"]
         table.append([*cells, row["status"] if loss is None else f"{loss:.4f}"])
     return header, table
 
 
-def base_row(row: Row, points: Points, everything: Mapping[str, Points]) -> Row | None:
-    """The point without memory that resembles `row` most: of its own part, else of any; None where there is none."""
-    shared = [axis_column(axis) for axis in points.axes]
-    for place in (points, *everything.values()):
-        without = [candidate for candidate in place.rows if candidate["memory"] == 0]
-        if without:
-            return max(without, key=lambda found: sum(found.get(name) == row.get(name) for name in shared))
-    return None
+def base_row(row: Row, name: str, part: Part, everything: Mapping[str, Points]) -> Row | None:
+    """What `row` of part `name` stands beside: the part's own model without memory that resembles it most, else its
+    reference. Parts may have other base models, so that no other part's is taken. None where there is none yet.
+    """
+    points = everything[name]
+    axes = [axis_column(axis) for axis in points.axes]
+    without = [candidate for candidate in points.rows if candidate["memory"] == 0]
+    if without:
+        return max(without, key=lambda found: sum(found.get(axis) == row.get(axis) for axis in axes))
+    index = points.find({axis: row[axis_column(axis)] for axis in points.axes})
+    held = None if index is None else reference_point(part, name, index, everything)
+    return held[0].rows[held[1]] if held else None
+
+
+def _deviation(value: float, base: float) -> str:
+    return f"{signed(100 * (value / base - 1), 2)} %"
 
 
 def origin_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -5,13 +5,16 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engram.config import load_config, save_config
 from engram.config_identity import run_id
+from engram.report.text import counted
 from engram.sweep.grid import Run
 from engram.sweep.pool import Pool
+from engram.sweep.queued import JOB_NAME, living_jobs, note_queued
 from engram.sweep.spec import SlurmConfig, SweepError
 from engram.sweep.worker import Job, execute
 
@@ -21,7 +24,7 @@ class Training:
 
     def __init__(self) -> None:
         self._job: Job | None = None
-        self._queued_again = False
+        self._stopping = self._queued_again = False
 
     def __call__(self, config: str, part: str, point: str, pool: str, out: str, threads: int) -> str:
         """Train the run of a config file; returns how it ended. Raises RuntimeError where it failed."""
@@ -56,30 +59,66 @@ class Training:
         self._job = job
 
     def _interrupt(self) -> None:
-        if self._job is not None:
+        # A cluster sends several signals before it ends a task; a second one would stop the training at once, unsaved.
+        if self._job is not None and not self._stopping:
+            self._stopping = True
             self._job.interrupt()
 
 
-def submit(runs: Sequence[Run], pool: Pool, slurm: SlurmConfig, *, cluster: str, dry_run: bool = False) -> list[str]:
-    """Submit what is pending or lost as an array; returns the jobs' ids, or lines that say what would be submitted.
-
-    Raises SweepError: submitit is not installed, or there is no Slurm here.
+@dataclass(frozen=True)
+class Submission:
+    """What was submitted, with the job of each run, or would be (None); what waits in the queue already; what is
+    damaged, with the reason.
     """
-    for run in runs:
-        pool.check(run)
-    waiting = [run for run in runs if pool.state(run).status in ("pending", "lost")]
+
+    cluster: str
+    settings: dict[str, Any]
+    logs: Path
+    jobs: list[tuple[Run, str | None]]
+    queued: list[tuple[Run, str]]
+    damaged: list[tuple[Run, str]]
+
+    def lines(self) -> list[str]:
+        """What to tell whoever submits, and what they do next."""
+        said = [f"damaged: {run.id} ({run.label}): {wrong}" for run, wrong in self.damaged]
+        said += [f"queued already as job {job}: {run.id} ({run.label})" for run, job in self.queued]
+        if not self.jobs:
+            return [*said, "no other run is pending or lost: nothing to submit"]
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        said += [f"{job or 'would submit'}  {run.id}  {run.label}" for run, job in self.jobs]
+        said.append(f"{counted(len(self.jobs), 'run')} to {self.cluster} with {settings}")
+        if all(job for _, job in self.jobs):
+            said.append(f"logs: {self.logs}/jobs/RUN/log.txt of the trainings, {self.logs}/slurm/JOB_* of their tasks")
+            said.append("next: `status SWEEP.yaml --watch`; what fails waits for `retry`, then `collect`")
+        return said
+
+
+def submit(
+    runs: Sequence[Run], pool: Pool, slurm: SlurmConfig, *, cluster: str, dry_run: bool = False, again: bool = False
+) -> Submission:
+    """Submit what is pending or lost as an array, but for what waits in the queue already (`again`: that too).
+
+    Raises SweepError: submitit is not installed, there is no Slurm here, or its queue cannot be asked.
+    """
+    damaged = [(run, wrong) for run in runs if (wrong := pool.check(run))]
+    living = {} if again else living_jobs(runs, pool)
+    barred = {run.id for run, _ in damaged}
+    waiting = [run for run in runs if run.id not in barred and pool.state(run).status in ("pending", "lost")]
+    queued = [(run, living[run.id]) for run in waiting if run.id in living]
+    waiting = [run for run in waiting if run.id not in living]
     parameters = _parameters(slurm, cluster)
-    if dry_run:
-        settings = ", ".join(f"{name}={value}" for name, value in parameters.items())
-        return [f"{len(waiting)} runs to {cluster} with {settings}", *(f"{run.id}  {run.label}" for run in waiting)]
-    if not waiting:
-        return []
-    pool.prepare()
-    executor = _executor(pool, slurm, cluster)
-    executor.update_parameters(**parameters)
-    ready = [run for run in waiting if _make_ready(run, pool, cluster)]
-    columns = zip(*(_arguments(run, pool, slurm.cpus_per_task) for run in ready), strict=True)
-    return [job.job_id for job in executor.map_array(Training(), *columns)] if ready else []
+    jobs: list[tuple[Run, str | None]] = [(run, None) for run in waiting]
+    if waiting and not dry_run:
+        pool.prepare()
+        executor = _executor(pool, slurm, cluster)
+        executor.update_parameters(**parameters)
+        ready = [run for run in waiting if _make_ready(run, pool, cluster)]
+        columns = zip(*(_arguments(run, pool, slurm.cpus_per_task) for run in ready), strict=True)
+        started = executor.map_array(Training(), *columns) if ready else []
+        jobs = [(run, str(job.job_id)) for run, job in zip(ready, started, strict=True)]
+        for run, job in jobs:
+            note_queued(run, pool, cluster, str(job))
+    return Submission(cluster, parameters, pool.pool, jobs, queued, damaged)
 
 
 def _make_ready(run: Run, pool: Pool, cluster: str) -> bool:
@@ -112,7 +151,7 @@ def _executor(pool: Pool, slurm: SlurmConfig, cluster: str) -> Any:
 def _parameters(slurm: SlurmConfig, cluster: str) -> dict[str, Any]:
     """In submitit's words, what is not set left out."""
     common = {
-        "name": "engram-sweep",
+        "name": JOB_NAME,
         "timeout_min": slurm.time_minutes,
         "cpus_per_task": slurm.cpus_per_task,
         "gpus_per_node": slurm.gpus_per_node,

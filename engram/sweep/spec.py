@@ -2,26 +2,42 @@
 
 import difflib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from engram.config import Config, Count, Name, Positive, Seed, Settings
 from engram.config_file import UserError, explain, read_mapping
+from engram.config_identity import matters
 
 # Axes that mean more than one setting: the experts' share of the sparse parameters, rows per head of every table, and
 # training FLOPs, from which the number of steps follows.
 DERIVED_AXES = ("rho", "rows", "flops")
 View = Literal["allocation", "scaling", "bars", "lines"]
+_PAPERS_VIEWS = {"allocation": "allocation", "memory_scaling": "scaling", "ablations": "bars", "layers": "lines"}
 
 
 class SweepError(UserError):
     """A sweep that cannot be read, planned or run as it stands."""
 
 
+def _whole_axis(values: Any) -> Any:
+    """Said in our words: pydantic would name each kind of axis that it tried."""
+    if not isinstance(values, list | dict) or not values:
+        raise ValueError(f"is {values!r}, but must be a list of one value or more, or a mapping of names to settings")
+    if isinstance(values, dict):
+        for name, settings in values.items():
+            if not isinstance(name, str):
+                raise ValueError(f"names a value {name!r}, but names are text: put it in quotes")
+            if not isinstance(settings, dict):
+                raise ValueError(f"sets {name!r} to {settings!r}, but must name settings, such as {{optim.lr: 0.1}}")
+    return values
+
+
 # An axis lists the values of one setting, or names sets of settings.
-Axis = Annotated[list[Any], Field(min_length=1)] | Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+Axis = Annotated[list[Any] | dict[str, dict[str, Any]], BeforeValidator(_whole_axis)]
 
 
 class Part(Settings):
@@ -41,6 +57,8 @@ class Part(Settings):
     overrides: dict[str, Any] = {}
     # How `report` shows the part; null: by its axis rho or rows, else as bars.
     view: View | None = None
+    # The paper's figure whose points stand beside the part's; that of its ablations by the variants' names.
+    paper: Literal["allocation", "memory_scaling", "ablations", "layers"] | None = None
     # The point that others are compared with, by axis; `part` names another part that holds it. null: the first point.
     reference: dict[str, Any] | None = None
 
@@ -52,6 +70,7 @@ class Part(Settings):
     def _check(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} repeat: give each seed once")
+        self._check_keys("overrides", self.overrides)
         for name, values in self.axes.items():
             self._check_axis(name, values)
         for derive, axis in (("allocation", "rho"), ("memory", "rows")):
@@ -60,6 +79,8 @@ class Part(Settings):
         needed = {"allocation": "rho", "scaling": "rows"}.get(self.shown_as)
         if needed and needed not in self.axes:
             raise ValueError(f"view {self.view} needs an axis {needed}: add it, or choose view bars or lines")
+        if self.paper and self.shown_as != _PAPERS_VIEWS[self.paper]:
+            raise ValueError(f"paper {self.paper} belongs beside view {_PAPERS_VIEWS[self.paper]}, not {self.shown_as}")
         return self
 
     def _names(self) -> set[str]:
@@ -67,15 +88,30 @@ class Part(Settings):
         named = [settings for values in self.axes.values() if isinstance(values, dict) for settings in values.values()]
         return set(self.axes).union(*named)
 
+    def _check_keys(self, where: str, keys: Iterable[str]) -> None:
+        """Refuse what the sweep sets by itself."""
+        for key in keys:
+            if key in ("seed", "data.shuffle_seed"):
+                raise ValueError(f"{where}.{key}: is set by `seeds`, which makes intervals of it: list the seeds there")
+            if key == "run_dir":
+                raise ValueError(f"{where}.run_dir: is <pool>/<run id> for every run: leave it out, or set `pool`")
+            if key == "train.steps" and "flops" in self._names():
+                raise ValueError(f"{where}.train.steps: the axis flops decides how many steps are taken: drop one")
+
     def _check_axis(self, name: str, values: list[Any] | dict[str, dict[str, Any]]) -> None:
-        if name in ("seed", "data.shuffle_seed"):
-            raise ValueError(f"axes.{name}: is set by `seeds`, which makes intervals of it: list the seeds there")
+        self._check_keys("axes", [name])
         if isinstance(values, dict):
             for value, settings in values.items():
+                self._check_keys(f"axes.{name}.{value}", settings)
                 for key in settings:
                     if key in DERIVED_AXES:
                         _check_number(f"axes.{name}.{value}.{key}", settings[key])
             return
+        if not matters(name):
+            raise ValueError(
+                f"axes.{name}: changes nothing that a run is told apart by, so that all its values are one run: "
+                "give one of them in overrides"
+            )
         shown = [repr(value) for value in values]
         if len(set(shown)) != len(shown):
             raise ValueError(f"axes.{name}: {list(values)} repeats a value: give each value once")
@@ -141,8 +177,60 @@ def load_sweep(path: str | Path) -> Sweep:
         sweep = Sweep.model_validate(tree)
     except ValidationError as error:
         raise SweepError("\n".join(f"{path}: {line}" for line in explain(error, Sweep))) from None
+    for name, part in sweep.parts.items():
+        for axis, values in part.axes.items():
+            if isinstance(values, dict):
+                _check_told_apart(f"{path}: parts.{name}: axes.{axis}", values)
+        if part.reference is not None:
+            _check_reference(f"{path}: parts.{name}.reference", name, part.reference, sweep)
     # Relative to the sweep's file; an absolute path stays as it is.
     return sweep.replace(parts={name: part.replace(base=path.parent / part.base) for name, part in sweep.parts.items()})
+
+
+def _check_told_apart(where: str, values: dict[str, dict[str, Any]]) -> None:
+    """Two names for the same settings would be two points of one run."""
+    seen: dict[str, str] = {}
+    for value, settings in values.items():
+        # Written with their types: 1 is not "1".
+        identity = repr(sorted((key, setting) for key, setting in settings.items() if matters(key)))
+        if identity in seen:
+            free = [key for key in {**values[seen[identity]], **settings} if not matters(key)]
+            why = f"{', '.join(free)}, which tells no runs apart" if free else "nothing"
+            raise SweepError(f"{where}: {seen[identity]} and {value} differ in {why}: drop one")
+        seen[identity] = value
+
+
+def _check_reference(where: str, name: str, reference: dict[str, Any], sweep: Sweep) -> None:
+    """The point that it names is in the grid, for every point of part `name`; else only `fit` would find out."""
+    wanted = dict(reference)
+    place = wanted.pop("part", name)
+    _check_known(f"{where}.part", place, sweep.parts)
+    own, held = sweep.parts[name].axes, sweep.parts[place].axes
+    for axis, value in wanted.items():
+        _check_known(where, axis, held)
+        _check_known(f"{where}.{axis}", value, held[axis])
+    # On the axes that it leaves out, each point is compared with its own value.
+    for axis in own.keys() & held.keys() - wanted.keys():
+        for value in own[axis]:
+            _check_known(f"{where}: axis {axis} of part {place}", value, held[axis])
+
+
+def _check_known(where: str, value: Any, known: Iterable[Any]) -> None:
+    if any(value == name or str(value) == str(name) for name in known):
+        return
+    names = [str(name) for name in known]
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"
+    raise SweepError(f"{where}: has no {str(value)!r}; {hint}")
+
+
+def other_folder(sweep: Sweep, path: Path) -> Path | None:
+    """The project of the sweep's file `path`, if pool or out lie there, and neither in the current folder."""
+    project = next((folder for folder in path.resolve().parents if (folder / "pyproject.toml").exists()), None)
+    relative = [place for place in (sweep.pool, sweep.out) if not place.is_absolute()]
+    if project is None or any(place.exists() for place in relative):
+        return None
+    return project if any((project / place).exists() for place in relative) else None
 
 
 def _check_number(where: str, value: Any) -> None:

@@ -12,11 +12,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from engram.report.text import duration
+from engram.report.text import counted, duration
 from engram.sweep.grid import Run
 from engram.sweep.pool import Pool, RunState
 
-_COLOURS = {"done": "green", "running": "cyan", "failed": "red", "lost": "yellow", "pending": "dim"}
+_COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "red",
+    "damaged": "red",
+    "lost": "yellow",
+    "pending": "dim",
+}
 # Seconds between two looks of `--watch`.
 WATCH_SECONDS = 2.0
 
@@ -58,7 +65,7 @@ def watch(runs: Sequence[Run], pool: Pool, console: Console | None = None) -> No
             room = max(5, live.console.height - 6)
             shown = [list(column) for column in zip(*open_ones[:room], strict=True)] or [[], []]
             live.update(Group(_table(*shown), Text(_summary(runs, states))), refresh=True)
-            if not open_ones or all(state.status == "failed" for _, state in open_ones):
+            if not open_ones or all(state.status in ("failed", "damaged") for _, state in open_ones):
                 return
             time.sleep(WATCH_SECONDS)
 
@@ -91,7 +98,7 @@ def _summary(runs: Sequence[Run], states: Sequence[RunState]) -> str:
     counts = Counter[str](state.status for state in states)
     parts = ", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])
     left = _seconds_left(runs, states)
-    return f"{len(runs)} runs: {parts}" + (f"; about {duration(left)} left" if left else "")
+    return f"{counted(len(runs), 'run')}: {parts}" + (f"; about {duration(left)} left" if left else "")
 
 
 def _seconds_left(runs: Sequence[Run], states: Sequence[RunState]) -> float | None:

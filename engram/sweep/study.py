@@ -1,15 +1,16 @@
 """What a study says: each part read as its view asks, from the table alone."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
 
-from engram.sweep.spec import Sweep
-from engram.sweep.tables import Row, read_table, write_whole
+from engram.sweep.grid import Run, expand
+from engram.sweep.spec import Part, Sweep, SweepError, View
+from engram.sweep.tables import Row, axis_cell, axis_column, read_table, write_whole
 from engram.sweep.views.allocation import allocation_view
 from engram.sweep.views.bars import bars_view
 from engram.sweep.views.lines import lines_view
@@ -52,27 +53,46 @@ class Study:
         return {"name": self.name, "parts": {name: view.as_dict() for name, view in self.views.items()}}
 
 
+_VIEWS: dict[View, Callable[[str, Part, Mapping[str, Points]], PartView]] = {
+    "allocation": allocation_view,
+    "scaling": scaling_view,
+    "bars": bars_view,
+    "lines": lines_view,
+}
+
+
 def fits(sweep: Sweep, rows: Sequence[Row]) -> Study:
     """Fits of all parts. Raises SweepError: a reference that does not exist, or a view without the axis it needs."""
     everything = {name: points(rows, name, part.axes) for name, part in sweep.parts.items()}
     views: dict[str, PartView] = {}
     for name, part in sweep.parts.items():
-        shown = part.shown_as
-        if shown == "allocation":
-            views[name] = allocation_view(name, everything[name])
-        elif shown == "scaling":
-            views[name] = scaling_view(name, everything[name])
-        else:
-            views[name] = (lines_view if shown == "lines" else bars_view)(name, part, everything)
+        views[name] = _VIEWS[part.shown_as](name, part, everything)
     return Study(sweep.name, views)
 
 
 def write_fits(sweep: Sweep) -> Study:
-    """Fit what `collect` wrote, and write `out`/fits.json."""
-    study = fits(sweep, read_table(sweep.out / "runs.parquet"))
+    """Fit what `collect` wrote, and write `out`/fits.json. Raises SweepError: it wrote the runs of another sweep."""
+    path = sweep.out / "runs.parquet"
+    rows, runs = read_table(path), expand(sweep)
+    different = [run for run, row in zip(runs, rows, strict=False) if not _is_row_of(row, run)]
+    if different or len(rows) != len(runs):
+        first = f", first {different[0].part} {different[0].label}" if different else ""
+        raise SweepError(
+            f"{path}: holds {len(rows)} rows, which are not the {len(runs)} runs of the sweep as it stands now{first}: "
+            "its file or its base has changed, run `collect` again"
+        )
+    study = fits(sweep, rows)
     text = json.dumps(study.as_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     write_whole(sweep.out / "fits.json", text.encode())
     return study
+
+
+def _is_row_of(row: Row, run: Run) -> bool:
+    # A column of mixed values is text.
+    cells = {axis_column(axis): axis_cell(value) for axis, value in run.point.items()}
+    return (row["part"], row["run_id"], row["seed"]) == (run.part, run.id, run.seed) and all(
+        row.get(name) in (cell, str(cell)) for name, cell in cells.items()
+    )
 
 
 def print_fits(study: Study, console: Console) -> None:

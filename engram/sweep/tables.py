@@ -29,8 +29,8 @@ WHAT = {
     # Of training: forward and backward.
     "flops_per_token": pa.int64(),
     "training_flops": pa.float64(),
-    # Nats per token; of the last evaluation, the best one, and the mean of the last three.
-    **dict.fromkeys(("train_loss", "val_loss", "val_loss_best", "val_loss_mean"), pa.float64()),
+    # Nats per token; `val_loss` of the last evaluation.
+    **dict.fromkeys(("train_loss", "val_loss", "val_loss_best"), pa.float64()),
     **dict.fromkeys(("seconds", "tokens_per_second"), pa.float64()),
     **dict.fromkeys(("commit", "machine", "torch"), pa.string()),
 }

@@ -1,14 +1,12 @@
 """The shape of loss over rho, the experts' share of the sparse parameters: two diminishing returns that add up."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
-
-from engram.config_file import UserError
 
 Array = NDArray[np.float64]
 
@@ -46,9 +44,6 @@ class TwoTerm:
         grid = np.linspace(low, high, 2001)
         return float(grid[np.argmin(self.predict(grid))])
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Parabola:
@@ -69,41 +64,25 @@ class Parabola:
             return float(vertex)
         return low if self.predict(low) < self.predict(high) else high
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def fit_parabola(rho: ArrayLike, loss: ArrayLike) -> Parabola:
-    """Least squares over all points."""
-    rho, loss = _checked(rho, loss)
+def fit_parabola(rho: Array, loss: Array) -> Parabola:
+    """Least squares over all points, at least three of which differ."""
     c2, c1, c0 = np.polyfit(rho, loss, 2)
     found = Parabola(float(c0), float(c1), float(c2), 0.0)
     return Parabola(found.c0, found.c1, found.c2, _rmse(loss - found.predict(rho)))
 
 
-def fit_two_term(
-    rho: ArrayLike, loss: ArrayLike, *, weights: ArrayLike | None = None, activated_share: float = ACTIVATED_SHARE
-) -> TwoTerm:
-    """Weighted least squares by variable projection: exponents and offset are searched, floor and scales follow.
-
-    Eight to ten points do not tell p0 from a: p0 is fixed to `activated_share`. m0 stays within 0.004 to 1, a and b
-    within 0.05 to 4, since a term of a larger exponent or a smaller offset is a step at one point. Neither term can
-    help with a negative scale. Raises UserError: fewer than three different ratios.
-    """
-    rho, loss = _checked(rho, loss)
-    family = Family(rho, weights=weights, activated_share=activated_share)
-    return family.polished(loss)
-
-
 class Family:
-    """All curves over fixed ratios [n]: the projections of a grid of shapes, which any number of losses can share."""
+    """All curves over fixed ratios [n]: the projections of a grid of shapes, which any number of losses can share.
 
-    def __init__(
-        self, rho: Array, *, weights: ArrayLike | None = None, activated_share: float = ACTIVATED_SHARE
-    ) -> None:
-        weights = np.ones(len(rho)) if weights is None else np.asarray(weights, dtype=float)
+    Least squares by variable projection: exponents and offset are searched, floor and scales follow. Eight to ten
+    points do not tell p0 from a: p0 is fixed to `activated_share`. m0 stays within 0.004 to 1, a and b within 0.05 to
+    4, since a term of a larger exponent or a smaller offset is a step at one point. Neither term can help with a
+    negative scale.
+    """
+
+    def __init__(self, rho: Array, *, activated_share: float = ACTIVATED_SHARE) -> None:
         self.rho, self.p0 = rho, activated_share
-        self.weights = weights / weights.sum()
         # Shapes of the memory term: every pair of b and m0.
         self.b, self.m0 = (grid.ravel() for grid in np.meshgrid(_EXPONENTS, _OFFSETS, indexing="ij"))
         self.a = _EXPONENTS
@@ -111,28 +90,24 @@ class Family:
 
     @cached_property
     def _terms(self) -> tuple[Array, Array]:
-        """Centred, weighted shapes: experts [A, n] and memory [B, n]."""
+        """Centred shapes: experts [A, n] and memory [B, n]."""
         experts = (self.p0 + self.rho) ** -self.a[:, None]
         memory = (self.m0[:, None] + 1 - self.rho) ** -self.b[:, None]
-        return self._centred(experts), self._centred(memory)
-
-    def _centred(self, values: Array) -> Array:
-        """Without their weighted mean, times the square roots of the weights: the floor is projected out."""
-        return (values - values @ self.weights[..., None]) * np.sqrt(self.weights)
+        return _centred(experts), _centred(memory)
 
     def curves(self, losses: Array, at: Array) -> Array:
         """The best curve of the grid for each of `losses` [k, n], at the ratios `at` [m]: [k, m]."""
         experts_at = (self.p0 + at) ** -self.a[:, None]
         memory_at = (self.m0[:, None] + 1 - at) ** -self.b[:, None]
-        experts_mean = (self.p0 + self.rho) ** -self.a[:, None] @ self.weights
-        memory_mean = (self.m0[:, None] + 1 - self.rho) ** -self.b[:, None] @ self.weights
+        experts_mean = np.mean((self.p0 + self.rho) ** -self.a[:, None], axis=1)
+        memory_mean = np.mean((self.m0[:, None] + 1 - self.rho) ** -self.b[:, None], axis=1)
         found = np.empty((len(losses), len(at)))
         # All pairs of shapes for a few losses at a time fit into the processor's cache.
         for start in range(0, len(losses), _BLOCK):
             block = losses[start : start + _BLOCK]
             best, first, second = self._search(block)
             i, j = np.divmod(best, len(self.b))
-            floor = block @ self.weights - first * experts_mean[i] - second * memory_mean[j]
+            floor = block.mean(axis=1) - first * experts_mean[i] - second * memory_mean[j]
             found[start : start + _BLOCK] = (
                 floor[:, None] + first[:, None] * experts_at[i] + second[:, None] * memory_at[j]
             )
@@ -144,7 +119,7 @@ class Family:
         i, j = np.divmod(int(best[0]), len(self.b))
         start = np.log([self.a[i], self.b[j], self.m0[j]])
         limits = [np.log([grid[0], grid[-1]]) for grid in (_EXPONENTS, _EXPONENTS, _OFFSETS)]
-        scale = float(np.sum(self._centred(loss[None]) ** 2)) or 1.0
+        scale = float(np.sum(_centred(loss) ** 2)) or 1.0
 
         def objective(shape: Array) -> float:
             a, b, m0 = np.exp(shape)
@@ -160,16 +135,16 @@ class Family:
     def _solve(self, loss: Array, a: float, b: float, m0: float) -> tuple[float, float, float, float]:
         """Squared error, floor and both scales of given shapes."""
         shapes = np.stack([(self.p0 + self.rho) ** -a, (m0 + 1 - self.rho) ** -b])
-        f, g = self._centred(shapes)
-        y = self._centred(loss[None])[0]
+        f, g = _centred(shapes)
+        y = _centred(loss)
         first, second = _scales(f @ y, g @ y, f @ f, g @ g, f @ g)
-        floor = float((loss - first * shapes[0] - second * shapes[1]) @ self.weights)
+        floor = float(np.mean(loss - first * shapes[0] - second * shapes[1]))
         return float(np.sum((y - first * f - second * g) ** 2)), floor, float(first), float(second)
 
     def _search(self, losses: Array) -> tuple[Array, Array, Array]:
         """For losses [k, n]: the best pair of shapes as one index, and its scales."""
         f, g = self._terms
-        y = self._centred(losses)
+        y = _centred(losses)
         fy, gy = (y @ f.T)[:, :, None], (y @ g.T)[:, None, :]
         ff, gg, fg = np.sum(f * f, axis=1)[:, None], np.sum(g * g, axis=1), f @ g.T
         first, second = _scales(fy, gy, ff, gg, fg)
@@ -179,6 +154,11 @@ class Family:
         best = np.argmax(score, axis=1)
         rows = np.arange(len(losses))
         return best, first.reshape(len(losses), -1)[rows, best], second.reshape(len(losses), -1)[rows, best]
+
+
+def _centred(values: Array) -> Array:
+    """Without the mean over the last axis: the floor is projected out."""
+    return np.asarray(values - values.mean(axis=-1, keepdims=True))
 
 
 def _scales(fy: Any, gy: Any, ff: Any, gg: Any, fg: Any) -> tuple[Any, Any]:
@@ -197,13 +177,6 @@ def _scales(fy: Any, gy: Any, ff: Any, gg: Any, fg: Any) -> tuple[Any, Any]:
 
 def _penalty(a: Any, b: Any, m0: Any) -> Any:
     return _RIDGE * sum((np.log(value) - plain) ** 2 for value, plain in zip((a, b, m0), _PLAIN, strict=True))
-
-
-def _checked(rho: ArrayLike, loss: ArrayLike) -> tuple[Array, Array]:
-    different = len(np.unique(rho))
-    if different < 3:
-        raise UserError(f"a curve through {different} ratios cannot be fitted: finish runs at 3 or more")
-    return np.asarray(rho, dtype=float), np.asarray(loss, dtype=float)
 
 
 def _rmse(residual: Array) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engram.report.text import duration, short
+from engram.report.text import counted, duration, short
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,12 @@ def test_short_numbers(count: int, text: str) -> None:
     assert short(count) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.9, "0:00:00"), (3725, "1:02:05"), (90_000, "25:00:00")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.9, "0:00:00"), (3725, "1:02:05"), (86_399, "23:59:59"), (90_000, "1 d 1:00:00")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_counts_and_their_nouns() -> None:
+    assert [counted(count, "run") for count in (0, 1, 2, 1000)] == ["0 runs", "1 run", "2 runs", "1,000 runs"]

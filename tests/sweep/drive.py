@@ -4,6 +4,8 @@ python -m tests.sweep.drive SWEEP JOBS
 """
 
 import io
+import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from engram.config import save_config
 from engram.sweep.driver import run_all
 from engram.sweep.grid import Run, expand, unique
 from engram.sweep.pool import Pool
@@ -53,6 +56,22 @@ def drive(runs: list[Run], pool: Pool, *, jobs: int = 2, **settings: Any) -> tup
     text = io.StringIO()
     settings = {"command": FAKE, "console": Console(file=text, width=200), **settings}
     return run_all(runs, pool, jobs=jobs, **settings), text.getvalue()
+
+
+def finish(folder: Path, run: Run, steps: int = 10, val_loss: float = 3.5) -> None:
+    """What a finished run leaves, in its shortest form."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(run.config, folder / "config.yaml")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": 3.0, "tokens_per_second": 320.0}) + "\n")
+    (folder / "done.json").write_text(json.dumps({"step": steps, "val_loss": val_loss}))
+
+
+def abandon(pool: Pool, run: Run, **lease: Any) -> None:
+    """A run that another host was training, long ago."""
+    pool.write_job(run, **{"status": "running", "host": "elsewhere", "heartbeat": 0, **lease})
+    for path in (pool.job_folder(run) / "state.json", pool.run_folder(run) / "metrics.jsonl"):
+        if path.exists():
+            os.utime(path, (0, 0))
 
 
 def statuses(runs: list[Run], pool: Pool) -> list[str]:

@@ -1,7 +1,8 @@
 """Stands in for train.py: does at once what the config's `eval.prompt` says, and notes in a ledger that it was called.
 
 Prompts: `sleep SECONDS`, `fail`, `mute` (fails without a word), `diverge`, `stop` (ends without finishing), `die` (by a
-signal), `hang` (hears no SIGINT).
+signal), `hang` (hears no SIGINT), `slow` (takes a second to save, and hears a second SIGINT meanwhile), `crash` (an
+abort), `broken` (fails on GPU 5), `early` (a traceback at the first SIGINT).
 """
 
 import json
@@ -18,10 +19,10 @@ def main(path: str, *overrides: str) -> int:
     config = yaml.safe_load(Path(path).read_text())
     folder, (what, *rest) = Path(config["run_dir"]), config["eval"]["prompt"].split()
     folder.mkdir(parents=True, exist_ok=True)
-    handler = signal.SIG_IGN if what == "hang" else lambda number, frame: interrupted(folder)
+    handler = signal.SIG_IGN if what == "hang" else lambda number, frame: interrupted(folder, what)
     signal.signal(signal.SIGINT, handler)
-    environment = [f"{name}={os.environ.get(name)}" for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
-    note(folder, "start", *overrides, *environment)
+    names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+    note(folder, "start", *overrides, *(f"{name}={os.environ.get(name)}" for name in names))
     (folder / "config.yaml").write_text(Path(path).read_text())
     if what == "mute":
         return 1
@@ -31,9 +32,14 @@ def main(path: str, *overrides: str) -> int:
         return 2
     if what == "diverge":
         return 3
+    if what == "broken" and os.environ["CUDA_VISIBLE_DEVICES"] == "5":
+        return 1
+    if what == "crash":
+        os.abort()
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    steps, seconds = config["train"]["steps"], 60.0 if what == "hang" else float(rest[0]) if rest else 0.0
+    steps = config["train"]["steps"]
+    seconds = 60.0 if what in ("hang", "slow", "early") else float(rest[0]) if rest else 0.0
     for step in range(1, steps + 1):
         line = {"step": step, "tokens": step * 64, "loss": 5 - step / 10, "tokens_per_second": 100.0}
         with open(folder / "metrics.jsonl", "a") as file:
@@ -51,7 +57,12 @@ def note(folder: Path, *words: str) -> None:
         ledger.write(" ".join([folder.name, *words]) + "\n")
 
 
-def interrupted(folder: Path) -> None:
+def interrupted(folder: Path, what: str) -> None:
+    if what == "early":
+        raise ImportError("half of a library")
+    if what == "slow":
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(1))
+        time.sleep(1)
     note(folder, "saved")
     os._exit(130)
 

@@ -26,6 +26,7 @@ LAYERS = {"0": 0.01, "1": -0.03, "2": 0.04}
 PARTS: dict[str, Any] = {
     "curve": {
         "derive": "allocation",
+        "paper": "allocation",
         "axes": {
             "budget": {"deep": {"optim.lr": 0.01}, "flat": {"optim.lr": 0.02}},
             "rho": [1, 0.875, 0.75, 0.625, 0.5, 0.375],
@@ -33,6 +34,7 @@ PARTS: dict[str, Any] = {
     },
     "growth": {
         "derive": "memory",
+        "paper": "memory_scaling",
         "axes": {
             "tables": {
                 "engram": {},
@@ -47,10 +49,12 @@ PARTS: dict[str, Any] = {
     # Told apart by a setting that means nothing here, so that each variant is a run of its own.
     "changes": {
         "view": "bars",
+        "paper": "ablations",
         "axes": {"variant": {name: {"optim.weight_decay": 0.2 + at / 100} for at, name in enumerate(VARIANTS)}},
     },
     "place": {
         "view": "lines",
+        "paper": "layers",
         "axes": {"layer": {name: {"model.memory.layer_ids": [int(name)]} for name in LAYERS}},
         "reference": {"part": "changes", "variant": "no memory"},
     },
@@ -114,21 +118,17 @@ def plant_all(folder: Path, runs: Iterable[Run], loss: Callable[[Run], float | N
             plant(folder, run, planted)
 
 
-def logged(loss: float, tokens: int) -> dict[str, float]:
-    return {"loss": loss + 1, "val_loss": loss + 9 / tokens}
-
-
 def write_tables(sweep: Sweep, runs: Sequence[Run], loss: Callable[[Run], float | None] = planted_loss) -> None:
-    """What `collect` would write of planted runs, without the folders."""
+    """What `collect` would write of planted runs, without the folders; a run of infinite loss has diverged."""
     rows: list[Row] = []
     curves: dict[str, list[Row]] = {}
     for run in runs:
         planted = loss(run)
-        status = "missing" if planted is None else "done"
+        status = "missing" if planted is None else "done" if math.isfinite(planted) else "failed"
         row: Row = {"part": run.part, "run_id": run.id, "seed": run.seed, "status": status}
         row |= {axis_column(axis): axis_cell(value) for axis, value in run.point.items()}
         row |= columns(run.config, None)
-        if planted is not None:
+        if status == "done":
             row |= {"val_loss": planted, "train_loss": planted, "commit": CODE["commit"], "seconds": 1.0}
             tokens, per_step = row["tokens"], run.config.tokens_per_step
             curves[run.id] = [
@@ -145,3 +145,16 @@ def write_tables(sweep: Sweep, runs: Sequence[Run], loss: Callable[[Run], float 
     sweep.out.mkdir(parents=True, exist_ok=True)
     write_runs(rows, list(dict.fromkeys(axis_column(axis) for run in runs for axis in run.point)), sweep.out)
     write_curves([line for lines in curves.values() for line in lines], sweep.out)
+
+
+def table_row(part: str, seed: int, loss: float | None, **point: Any) -> Row:
+    """A run of a part of axes that are no columns; without a loss it has diverged."""
+    status = "failed" if loss is None else "done"
+    return {
+        "part": part,
+        "seed": seed,
+        "run_id": f"{point.get('v')}-{seed}",
+        "status": status,
+        "val_loss": loss,
+        **point,
+    }

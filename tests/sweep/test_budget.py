@@ -9,7 +9,7 @@ import pytest
 
 from engram.config import Config, ConfigError, load_config
 from engram.model.accounting import count_flops, count_parameters
-from engram.sweep.budget import steps_for, tokens_for
+from engram.sweep.budget import steps_for
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -22,22 +22,23 @@ def config() -> Config:
 @pytest.mark.parametrize(("name", "flops", "tokens"), [("5_7b", 2e20, 58.7e9), ("9_9b", 6e20, 100.7e9)])
 def test_the_papers_token_counts(name: str, flops: float, tokens: float) -> None:
     """6 x activated x tokens; our 9.9B base has 990 M activated parameters instead of 993 M."""
-    model = load_config(CONFIGS / "paper" / f"allocation_{name}.yaml", ["model.memory=null"]).model
-    assert tokens_for(model, flops, sequence_length=4096) == pytest.approx(tokens, rel=0.005)
+    config = load_config(CONFIGS / "paper" / f"allocation_{name}.yaml", ["model.memory=null"])
+    assert steps_for(config, flops) * config.tokens_per_step == pytest.approx(tokens, rel=0.005)
 
 
-def test_tokens_cost_the_budget_and_one_more_does_not_fit(config: Config) -> None:
-    model, flops = config.model, 1e13
+def test_what_a_token_costs(config: Config) -> None:
+    model, flops = config.model, 1e15
     costs = {"6nd": 6 * count_parameters(model).activated, "counted": count_flops(model, 256).training}
     # The head and attention scores make a small model's tokens dearer than its parameters say.
     assert costs["counted"] > 1.3 * costs["6nd"]
-    tokens = tokens_for(model, flops, sequence_length=256, counting="6nd")
-    assert tokens * costs["6nd"] <= flops < (tokens + 1) * costs["6nd"]
-    tokens = tokens_for(model, flops, sequence_length=256, counting="counted")
-    assert tokens * costs["counted"] <= flops < (tokens + 1) * costs["counted"]
-    # Longer sequences have dearer attention.
-    assert tokens_for(model, flops, sequence_length=512, counting="counted") < tokens
-    assert tokens_for(model, flops, sequence_length=512) == tokens_for(model, flops, sequence_length=256)
+    short, counted = steps_for(config, flops), steps_for(config, flops, "counted")
+    for steps, cost in ((short, costs["6nd"]), (counted, costs["counted"])):
+        assert abs(steps * config.tokens_per_step * cost - flops) <= config.tokens_per_step * cost / 2
+    # As many tokens in longer sequences have dearer attention.
+    data = config.data.replace(sequence_length=512)
+    longer = config.replace(data=data, train=config.train.replace(batch_size=config.train.batch_size // 2))
+    assert longer.tokens_per_step == config.tokens_per_step
+    assert steps_for(longer, flops, "counted") < counted and steps_for(longer, flops) == short
 
 
 def test_steps_are_the_nearest_whole_number(config: Config) -> None:
@@ -58,7 +59,7 @@ def test_a_budget_below_one_step_is_refused(config: Config) -> None:
 @pytest.mark.parametrize("flops", [0, -1e15, math.inf, math.nan])
 def test_budgets_are_positive_and_finite(config: Config, flops: float) -> None:
     with pytest.raises(ConfigError, match=rf"a budget of {re.escape(f'{flops:g}')} FLOPs .*positive and finite"):
-        tokens_for(config.model, flops, sequence_length=256)
+        steps_for(config, flops)
 
 
 def test_unknown_counting_is_refused(config: Config) -> None:

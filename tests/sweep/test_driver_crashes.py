@@ -12,7 +12,7 @@ import pytest
 from engram.sweep.grid import Run
 from engram.sweep.pool import Pool
 from engram.sweep.worker import Job
-from tests.sweep.drive import build, drive, ids, ledger, mend, start_driver, statuses, text_of, wait_until
+from tests.sweep.drive import build, drive, finish, ids, ledger, mend, start_driver, statuses, text_of, wait_until
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -66,14 +66,15 @@ def test_a_killed_driver_loses_and_doubles_nothing(tmp_path: Path) -> None:
     assert sorted(ledger(pool, "start")) == sorted(ledger(pool, "end")) == ids(runs)
 
 
-def test_a_killed_training_is_a_failure_of_its_own(tmp_path: Path) -> None:
+def test_the_next_call_goes_on_with_a_killed_training(tmp_path: Path) -> None:
     path, runs, pool = build(tmp_path, "sleep 60", "sleep 0.1")
     process = start_driver(path)
     wait_until(lambda: pool.state(runs[0]).step > 0 and pool.state(runs[1]).status == "done")
     os.kill(pool.read_job(runs[0])["pid"], signal.SIGKILL)
     text = text_of(process)
-    assert process.returncode == 1 and "killed by signal 9 (SIGKILL)" in text
-    assert statuses(runs, pool) == ["failed", "done"]
+    assert process.returncode == 1 and "killed by signal 9 (SIGKILL); goes on from its last checkpoint" in text
+    assert statuses(runs, pool) == ["pending", "done"]
+    assert drive(mend(path, "sleep 60"), pool)[0] == 0
 
 
 def test_a_training_that_dies_after_its_driver_is_lost_and_trained_again(tmp_path: Path) -> None:
@@ -120,8 +121,7 @@ def test_what_another_driver_ends_meanwhile_is_counted_and_left_alone(
         if run is runs[0] and status == "failed":
             pool.write_job(runs[1], status="failed", message="disk full")
         elif run is runs[0]:
-            pool.run_folder(runs[1]).mkdir()
-            (pool.run_folder(runs[1]) / "done.json").write_text('{"step": 10, "val_loss": 3.5}')
+            finish(pool.run_folder(runs[1]), runs[1])
         return begin(run, pool, **settings)
 
     monkeypatch.setattr(Job, "start", start)

@@ -3,11 +3,14 @@
 import csv
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from engram.report.figure import SavedFigure
 from engram.sweep import paper
@@ -16,28 +19,11 @@ from engram.sweep.figures.bars import bars_figure
 from engram.sweep.figures.lines import lines_figure
 from engram.sweep.figures.runs import runs_figure
 from engram.sweep.figures.scaling import scaling_figure
-from engram.sweep.grid import expand
-from engram.sweep.spec import Sweep
+from engram.sweep.spec import Part, Sweep
 from engram.sweep.study import Study, fits
 from engram.sweep.tables import Row, read_table
-from tests.sweep.planted import SEED_LEVELS, make_study, write_tables
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    sweep = make_study(tmp_path_factory.mktemp("study"))
-    write_tables(sweep, expand(sweep))
-    return sweep
-
-
-@pytest.fixture(scope="module")
-def rows(sweep: Sweep) -> list[Row]:
-    return read_table(sweep.out / "runs.parquet")
-
-
-@pytest.fixture(scope="module")
-def study(sweep: Sweep, rows: list[Row]) -> Study:
-    return fits(sweep, rows)
+from engram.sweep.views.lines import lines_view
+from tests.sweep.planted import SEED_LEVELS
 
 
 def table(figure: SavedFigure) -> list[dict[str, str]]:
@@ -130,6 +116,58 @@ def test_lines(study: Study, rows: list[Row], tmp_path: Path) -> None:
     papers = [line for line in lines if line["line"] == "paper"]
     assert numbers(papers, "x", "loss") == list(zip(*paper.layers(), strict=True))
     assert "Lowest at 1, 0.1" in words(figure) and "nat below no memory" in words(figure)
+
+
+DRAWN = {"curve": allocation_figure, "growth": scaling_figure, "changes": bars_figure, "place": lines_figure}
+
+
+@pytest.fixture
+def draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, Any], tuple[Figure, dict[str, list[Any]]]]:
+    """Figures and their data as they are before they are saved, which takes most of the time."""
+    for name in ("allocation", "scaling", "bars", "lines"):
+        monkeypatch.setattr(f"engram.sweep.figures.{name}.save", lambda figure, data, *_: (figure, data))
+    return lambda name, view: cast(Any, DRAWN[name])(view, tmp_path)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [found.get_text() for found in figure.findobj(Text)]
+
+
+def test_nothing_of_the_paper_where_no_part_asks_for_it(sweep: Sweep, rows: list[Row], draw: Any) -> None:
+    parts = {name: part.replace(paper=None) for name, part in sweep.parts.items()}
+    views = fits(sweep.replace(parts=parts), rows).views
+    for name in DRAWN:
+        figure, data = draw(name, views[name])
+        assert "paper" not in " ".join(texts(figure))
+        assert not [cell for column in data.values() for cell in column if isinstance(cell, str) and "paper" in cell]
+        assert data.get("paper", [None]) == [None] * len(data.get("paper", [None]))
+
+
+def test_legends_lie_outside_of_the_panels(study: Study, draw: Any) -> None:
+    """Inside of one they would cover its data."""
+    axes: Any = {"rho": [1, 0.5], "budget": {"deep": {}, "flat": {}}}
+    part = Part(base=Path("x"), axes=axes, derive="allocation", view="lines")
+    lines = lines_view("curve", part, {"curve": study.views["curve"].points})
+    for name, view in [*((name, study.views[name]) for name in DRAWN), ("place", lines)]:
+        figure, _ = draw(name, view)
+        figure.draw_without_rendering()
+        assert not any(axis.get_legend() for axis in figure.axes)
+        for legend in figure.legends:
+            assert all(legend.get_window_extent().y1 <= axis.get_tightbbox().y0 + 1 for axis in figure.axes)
+        assert len(figure.legends) == (view is not study.views["place"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deep", "flat"]
+
+
+def test_diverged_runs_are_drawn_as_such(sweep: Sweep, rows: list[Row], draw: Any) -> None:
+    table = [{**row, "status": "failed", "val_loss": None} if row["seed"] == 1 else row for row in rows]
+    views = fits(sweep, table).views
+    for name, label, count in [
+        ("curve", "1 of 3 diverged", 12),
+        ("growth", "1 of 3 diverged", 8),
+        ("place", "1 of 3 diverged", 3),
+        ("changes", ", 1 run diverged", 3),
+    ]:
+        assert sum(label in text for text in texts(draw(name, views[name])[0])) == count
 
 
 def test_runs(rows: list[Row], sweep: Sweep, tmp_path: Path) -> None:

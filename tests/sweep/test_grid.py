@@ -6,7 +6,7 @@ import pytest
 
 from engram.config_identity import run_id
 from engram.model.accounting import count_parameters
-from engram.sweep.grid import expand, unique
+from engram.sweep.grid import expand, shown, unique
 from engram.sweep.spec import SweepError
 from tests.sweep.build import make_sweep
 
@@ -90,6 +90,10 @@ def test_budgets_of_flops_set_the_steps_of_all_ratios_alike(tmp_path: Path) -> N
         (dict(derive="allocation", axes={"rho": [0.51, 0.5]}), ["rho=0.51 and rho=0.5 are the same run: drop one"]),
         (dict(derive="memory", axes={"rows": [1.5]}), ["rows is 1.5, but rows per head are a whole number"]),
         (dict(derive="memory", axes={"rows": [-1]}), ["rows is -1"]),
+        (
+            dict(derive="memory", axes={"rows": [1e30]}),
+            ["rows=1e30: rows is 1e30, but no machine holds"],
+        ),
         (dict(derive="memory", axes={"rows": [1]}), ["rows is 1, but rows per head are a whole number of at least 2"]),
         (
             dict(derive="memory", axes={"rows": [5]}, overrides={"model.memory": None}),
@@ -106,6 +110,21 @@ def test_mistakes_name_the_point(tmp_path: Path, settings: dict, messages: list[
         expand(make_sweep(tmp_path, **settings))
     for message in messages:
         assert message in str(caught.value)
+
+
+def test_labels_are_short(tmp_path: Path) -> None:
+    axes = {"flops": [3e11, 2.5e13], "optim.lr": [0.008, 1]}
+    labels = [run.label for run in expand(make_sweep(tmp_path, axes=axes))]
+    assert labels == [
+        "flops=3e11 optim.lr=0.008 seed=0",
+        "flops=3e11 optim.lr=1 seed=0",
+        "flops=2.5e13 optim.lr=0.008 seed=0",
+        "flops=2.5e13 optim.lr=1 seed=0",
+    ]
+    # Shorter, and still the same number.
+    values = [1e6, 1234567.0, 123456789.125, 2e20, -3e9, 999999.5, 0.1, 1e-7, 3_000_000_000, "3e9", None, True]
+    assert [shown(value) for value in values[:5]] == ["1e6", "1.234567e6", "1.23456789125e8", "2e20", "-3e9"]
+    assert [shown(value) for value in values[5:]] == [str(value) for value in values[5:]]
 
 
 def test_a_part_that_does_not_exist(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from scipy.stats import f as f_distribution
 
 from engram.config_file import UserError
 from engram.sweep import paper
-from engram.sweep.judge import Allocation, compare, judge
+from engram.sweep.judge import Allocation, judge
+from engram.sweep.move import compare
 from engram.sweep.u_curve import Array
 
 RHO = np.array([0.11, 0.21, 0.36, 0.5, 0.61, 0.75, 0.86, 0.93, 1.0])
@@ -98,6 +100,24 @@ def test_an_end_that_is_not_excluded_is_said() -> None:
     assert all("of draws have the minimum at an end of the range" in one.says for one in between)
 
 
+def test_a_minimum_at_the_end_in_most_draws_is_no_interior_one() -> None:
+    """Most draws: more than half of them, not four of five."""
+    found = [noisy(curve(RHO, 0.97, depth=0.002), 0.002, 3, draw) for draw in range(30)]
+    most = [one for one in found if one.p_value < 0.05 and 0.5 < sum(one.at_ends) <= 0.8 and not one.wrong_shape]
+    assert most and all(one.verdict == "no interior minimum" for one in most)
+
+
+def test_the_misfits_test_by_hand() -> None:
+    """F of the squares that the curve leaves, with two parameters, at exactly known noise: both sides of 5 %."""
+    bent = curve(RHO) + 0.02 * np.array([0, 1, -1, 1, -1, 1, -1, 1, 0])
+    pattern = np.resize([[1.0, -1.0, 0.0], [0.0, 1.0, -1.0], [-1.0, 0.0, 1.0]], (9, 3))
+    additive_noise = np.sqrt(np.sum((pattern - pattern.mean(axis=0)) ** 2) / 16)
+    rmse, spare = judge(RHO, bent[:, None] + 1e-9 * pattern, samples=9).curve.rmse, len(RHO) - 2
+    at_five_percent = np.sqrt(3 * 9 * rmse**2 / spare / f_distribution.isf(0.05, spare, 16)) / additive_noise
+    assert judge(RHO, bent[:, None] + 0.98 * at_five_percent * pattern, samples=9).wrong_shape
+    assert not judge(RHO, bent[:, None] + 1.02 * at_five_percent * pattern, samples=9).wrong_shape
+
+
 def test_a_curve_that_still_falls_is_rarely_taken_for_one_with_a_minimum() -> None:
     """It falls to rho = 1, at last by less than noise."""
     found = [noisy(2 + 0.001 * (0.1 + RHO) ** -1.5, 0.001, 3, draw).verdict for draw in range(30)]
@@ -111,13 +131,43 @@ def test_an_end_that_is_measurably_worse_is_excluded() -> None:
     assert all(one.verdict == "interior minimum" for one in found)
 
 
-def test_ties_are_ratios_whose_paired_difference_is_not_resolved() -> None:
-    """0.61 lies 0.001 above the best in every seed, 0.86 jumps around it."""
+def test_ties_are_ratios_that_are_not_resolved_from_the_lowest() -> None:
+    """0.61 lies 0.001 above the best in every seed by chance: 0.86, which jumps around it, shows what noise does."""
     rho = np.array([0.3, 0.61, 0.75, 0.86, 1.0])
     loss = np.array([[3.5] * 3, [3.401, 3.501, 3.301], [3.4, 3.5, 3.3], [3.45, 3.49, 3.32], [3.6] * 3])
     loss[[0, 4]] += [0, 0.1, -0.1]
     found = judge(rho, loss, samples=50)
-    assert found.best == 0.75 and found.tied == (0.86,)
+    assert found.best == 0.75 and found.tied == (0.61, 0.86)
+
+
+def test_a_ratio_of_which_a_run_diverged_is_not_the_best() -> None:
+    """The other seeds of 0.75 are the lowest; what went well is no sample of all."""
+    loss = curve(RHO)[:, None] + np.array([0.0, 0.02, -0.03])
+    assert judge(RHO, loss, samples=20).best == 0.75
+    loss[5, 1] = np.inf
+    found = judge(RHO, loss, samples=20)
+    assert found.best == 0.86 and found.seeds == 3 and found.warnings == ()
+    assert found.argmin == pytest.approx(0.79, abs=0.015)
+    loss[:, 1] = np.inf
+    assert judge(RHO, loss, samples=20).best == 0.75
+    # A ratio of which all runs diverged is left out.
+    loss[:, 1] = loss[:, 0]
+    loss[-1] = np.inf
+    ended = judge(RHO, loss, samples=20)
+    assert ended.rho[-1] == 0.93 and ended.against_moe is None
+
+
+def test_ranges_that_cost_little() -> None:
+    """On the planted curve itself, and with intervals that hold it."""
+    found = noisy(curve(RHO), 0.001, seeds=3, draw=12, samples=500)
+    fine = np.linspace(RHO[0], 1, 4001)
+    for near, nat in zip(found.within, (0.005, 0.01, 0.02), strict=True):
+        cheap = fine[curve(fine) <= 3.3 + nat]
+        assert near.nat == nat and (near.low, near.high) == pytest.approx((cheap[0], cheap[-1]), abs=0.03)
+        assert near.low_interval[0] - 0.01 <= cheap[0] <= near.low_interval[1] + 0.01
+        assert near.high_interval[0] - 0.01 <= cheap[-1] <= near.high_interval[1] + 0.01
+        assert near.low_interval[0] <= near.low <= near.low_interval[1] < found.argmin < near.high_interval[0]
+    assert found.within[0].high < found.within[1].high < found.within[2].high
 
 
 def test_one_seed_gives_a_fit_and_no_claim() -> None:
@@ -183,6 +233,14 @@ def test_an_optimum_that_moves_and_one_that_does_not() -> None:
     assert back.difference == -moved.difference and back.verdict == "moves"
     same = compare(low, noisy(curve(RHO, 0.5), 0.0005, 3, draw=7))
     assert same.verdict == "not resolved" and same.interval[0] < 0 < same.interval[1]
+
+
+def test_budgets_are_drawn_apart_from_each_other() -> None:
+    """Judged with the same random numbers, their draws must not cancel: of a curve and itself, noise adds up."""
+    found = noisy(curve(RHO), 0.002, 3, draw=13, samples=1000)
+    moved, own = compare(found, found), found.argmin_interval
+    assert moved.verdict == "not resolved" and moved.difference == 0
+    assert moved.interval[1] - moved.interval[0] > 1.1 * (own[1] - own[0]) > 0
 
 
 def test_what_is_not_resolved_does_not_move() -> None:

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from engram.sweep import worker
 from engram.sweep.__main__ import main
 from tests.sweep.build import write_sweep
+from tests.sweep.drive import FAKE, build, drive, load
+from tests.sweep.planted import plant
 from tests.training.conftest import config_tree
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +68,7 @@ def test_from_file_to_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         (["plan"], dict(axes={"rhoo": [1]}), "did you mean 'rho'?"),
         (["plan"], dict(derive="allocation", axes={"rho": [2]}), "rho is 2: feasible are ratios from"),
         (["run", "--part", "x"], {}, "has no part 'x'"),
-        (["collect", "--require-all"], {}, "1 runs are missing"),
+        (["collect", "--require-all"], {}, "1 missing run, but --require-all asks for all"),
     ],
 )
 def test_mistakes_end_with_status_2(
@@ -91,6 +94,79 @@ def test_wrong_arguments(arguments: list[str]) -> None:
     assert caught.value.code == 2
 
 
+def test_damaged_runs_end_collect_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write_sweep(tmp_path, seeds=[0, 1])
+    runs, pool = load(path)
+    for run in runs:
+        plant(pool.pool, run, 3.0)
+    assert main(["collect", str(path)]) == 0
+    (pool.run_folder(runs[0]) / "metrics.jsonl").write_text("")
+    # The copy from before makes up for it.
+    assert main(["collect", str(path)]) == 0
+    (pool.copy_folder(runs[0]) / "done.json").unlink()
+    capsys.readouterr()
+    assert main(["collect", str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 2 runs" in printed and f"damaged: sweep seed=0: {pool.run_folder(runs[0])} is damaged: " in printed
+    assert main(["submit", str(path), "--dry-run"]) == 1 and "damaged: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [dict(seeds=[0, 1, 2]), dict(seeds=[0, 2]), dict(overrides={"optim.lr": 0.5})])
+def test_fit_and_report_notice_that_the_sweep_has_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture, change: dict[str, Any]
+) -> None:
+    settings: dict[str, Any] = dict(view="lines", axes={"optim.clip_norm": [1, 0.5]}, seeds=[0, 1])
+    path = write_sweep(tmp_path, **settings)
+    assert main(["collect", str(path)]) == main(["fit", str(path)]) == 0
+    # How results are read is no matter of the table.
+    write_sweep(tmp_path, **{**settings, "view": "bars"})
+    assert main(["fit", str(path)]) == 0
+    write_sweep(tmp_path, **{**settings, **change})
+    capsys.readouterr()
+    for command in ("fit", "report"):
+        assert main([command, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert "runs.parquet: holds 4 rows, which are not the " in error and "run `collect` again" in error
+    assert main(["collect", str(path)]) == main(["fit", str(path)]) == 0
+
+
+def test_fit_notices_other_names_of_the_same_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def write(name: str) -> str:
+        return str(write_sweep(tmp_path, axes={"x": {"full": {}, name: {"optim.lr": 0.5}}}))
+
+    assert main(["collect", write("fast")]) == 0
+    assert main(["fit", write("faster")]) == 2
+    assert "first sweep x=faster seed=0: " in capsys.readouterr().err
+
+
+def test_runs_in_another_folder_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project" / "runs" / "pool").mkdir(parents=True)
+    (tmp_path / "project" / "pyproject.toml").touch()
+    path = write_sweep(tmp_path / "project", pool="runs/pool", out="results/study")
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(path)]) == 0
+    error = capsys.readouterr().err
+    assert "from here, everything is trained again" in error and f"cd {tmp_path / 'project'} first" in error
+    monkeypatch.chdir(tmp_path / "project")
+    assert main(["plan", str(path)]) == 0 and capsys.readouterr().err == ""
+
+
+def test_retry_leaves_diverged_runs_alone_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, runs, pool = build(tmp_path, "diverge", "sleep 0")
+    drive(runs, pool)
+    assert main(["retry", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "1 diverged run left alone: trained again, each would diverge at the same step" in error
+    assert pool.state(runs[0]).status == "failed"
+    monkeypatch.setattr(worker, "TRAIN", FAKE[1])
+    assert main(["retry", str(path), "--diverged"]) == 1
+    assert pool.state(runs[0]).attempt == 2
+
+
 def test_retry_with_nothing_to_retry(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["retry", str(write_sweep(tmp_path)), "--failed"]) == 0
     assert "nothing to retry" in capsys.readouterr().err
@@ -103,6 +179,7 @@ def test_help_is_quick_and_helps(command: list[str]) -> None:
         [sys.executable, "-c", script, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "usage: python -m engram.sweep" in done.stdout
+    assert command != ["run"] or "no longer the same to the bit" in " ".join(done.stdout.split())
     assert not {"torch", "numpy", "scipy", "matplotlib", "pyarrow"} & set(done.stdout.split())
 
 

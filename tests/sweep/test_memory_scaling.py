@@ -105,6 +105,21 @@ def test_an_offset_to_a_law_that_does_not_fall() -> None:
     assert "share no range" in apart.warnings[0]
 
 
+def test_a_factor_of_rows_needs_a_slope_that_surely_falls() -> None:
+    """With two seeds a few draws have a slope of any kind; with a slope near its noise, too many have."""
+    rng = np.random.default_rng(6)
+    for slope, known in ((0.1, True), (0.002, False)):
+        first = 4 - slope * np.log10(ROWS)[:, None] + rng.normal(0, 0.005, (7, 2))
+        second = 4.12 - slope * np.log10(ROWS)[:, None] + rng.normal(0, 0.005, (7, 2))
+        laws = fit_scaling(ROWS, first), fit_scaling(ROWS, second)
+        assert (laws[1].resampled[:, 1] <= 0).any()
+        interval = offset(*laws).rows_factor_interval
+        assert (interval is not None) == known
+        if interval:
+            assert interval[0] < 10**1.2 < interval[1] < 100
+        assert laws[0].warnings == ("two seeds: intervals are several times as long as with three",)
+
+
 def test_missing_runs_and_the_model_without_memory_are_left_out() -> None:
     loss = 3.5 - 0.04 * np.log10(ROWS)[:, None] + np.array([0.1, -0.1, 0.0])
     whole = fit_scaling(ROWS, loss)

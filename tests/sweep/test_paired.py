@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from engram.config_file import UserError
 from engram.sweep.paired import additive, central_interval, paired_difference, resampled_means
 
 
@@ -29,9 +28,12 @@ def test_one_seed_resolves_nothing() -> None:
     assert paired_difference([1.0, np.nan, 3.0], [2.0, 2.0, np.nan]) == found
 
 
-def test_no_pair_is_refused() -> None:
-    with pytest.raises(UserError, match="no seed has finished both runs"):
-        paired_difference([1.0, np.nan], [np.nan, 1.0])
+def test_without_a_pair_there_is_no_difference() -> None:
+    """A run that diverged is infinite; in both models, it is no difference either."""
+    assert paired_difference([1.0, np.nan], [np.nan, 1.0]) is None
+    assert paired_difference([np.inf, np.inf], [np.inf, 1.0]) is None
+    found = paired_difference([np.inf, 2.0, np.inf, 4.0], [np.inf, 1.0, 0.0, 2.0])
+    assert (found.mean, found.n) == (1.5, 2)
 
 
 def test_the_interval_covers_at_its_level() -> None:

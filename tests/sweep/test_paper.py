@@ -1,11 +1,14 @@
 """The paper's points, against what its text says."""
 
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engram.sweep import paper
+from engram.sweep.spec import SweepError
+from tests.sweep.build import make_sweep
 
 
 def test_the_texts_own_numbers() -> None:
@@ -54,3 +57,18 @@ def test_every_file_opens_with_its_source(name: str) -> None:
     first, second = (files("engram.sweep") / "paper_data" / f"{name}.csv").read_text().splitlines()[:2]
     assert first.startswith("#") and second.startswith("#")
     assert "Figure" in first + second and "igitised" in first + second
+
+
+@pytest.mark.parametrize(
+    ("figure", "shown"),
+    [("allocation", "allocation"), ("memory_scaling", "scaling"), ("ablations", "bars"), ("layers", "lines")],
+)
+def test_a_part_may_ask_for_the_figure_that_its_view_repeats(tmp_path: Path, figure: str, shown: str) -> None:
+    axes = {"allocation": {"rho": [1, 0.5]}, "scaling": {"rows": [0, 10]}}.get(shown, {"optim.lr": [0.1, 0.2]})
+    derive = {"allocation": "allocation", "scaling": "memory"}.get(shown)
+    part = {"axes": axes, "derive": derive, "view": shown}
+    assert make_sweep(tmp_path, parts={"p": part}).parts["p"].paper is None
+    assert make_sweep(tmp_path, parts={"p": {**part, "paper": figure}}).parts["p"].paper == figure
+    other = "layers" if shown != "lines" else "ablations"
+    with pytest.raises(SweepError, match=f"paper {other} belongs beside view .*, not {shown}"):
+        make_sweep(tmp_path, parts={"p": {**part, "paper": other}})

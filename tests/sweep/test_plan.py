@@ -1,6 +1,5 @@
 """What is shown before anything is spent."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from engram.sweep.grid import expand
 from engram.sweep.plan import ASSUMED_SPEED, plan, plan_tables, speed, summary
 from engram.sweep.pool import Pool
 from tests.sweep.build import make_sweep
+from tests.sweep.drive import finish
 
 
 def test_points_carry_the_counts_of_their_models(tmp_path: Path) -> None:
@@ -28,12 +28,9 @@ def test_time_is_measured_where_it_can_be(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=[0, 1])
     runs, pool = expand(sweep), Pool(sweep.pool, sweep.out)
     assert speed(runs, pool) == (ASSUMED_SPEED, "assumed, because no run has finished yet")
-    folder = pool.run_folder(runs[0])
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 10, "loss": 1, "tokens_per_second": 320.0}) + "\n")
-    (folder / "done.json").write_text('{"step": 10, "val_loss": 1}')
+    finish(pool.run_folder(runs[0]), runs[0])
     per_token = count_flops(runs[0].config.model, 16).training
-    assert speed(runs, pool)[0] == 320 * per_token
+    assert speed(runs, pool) == (320 * per_token, "the median of 1 finished run")
     # One run of 640 tokens is left: two seconds.
     text = summary(runs, plan(runs), pool, jobs=1)
     assert "2 runs, 1 done, 1 to go" in text and "about 0:00:02 for the rest" in text
@@ -54,6 +51,22 @@ def test_every_part_has_a_table_of_its_own_axes(tmp_path: Path) -> None:
     text = capture.get()
     assert text.index("curve") < text.index("rho counted") < text.index("rates") < text.index("0.125")
     assert text.count("rho counted") == 1
+
+
+def test_numbers_as_people_read_them(tmp_path: Path) -> None:
+    """Gigabytes, days, one run: not 74.2 BB, 1000:00:00 and 1 runs."""
+    axes = {"flops": [1e13], "rows": [0, 10_000_000]}
+    sweep = make_sweep(tmp_path, derive="memory", axes=axes)
+    runs, pool = expand(sweep), Pool(sweep.pool, sweep.out)
+    points = plan(runs)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(*plan_tables(points, 1e7))
+    table = capture.get()
+    # Four tables of 8 columns, with gradients and two moments.
+    assert points[1].bytes > 4e9 and f"{points[1].bytes / 1e9:.1f} GB" in table and "BB" not in table
+    assert "1e13" in table and "10000000000000" not in table and " d " in table
+    assert summary(runs[:1], points[:1], pool, jobs=1).startswith("1 run, 0 done, 1 to go: ")
 
 
 def test_a_thousand_runs_are_planned_with_few_counts(tmp_path: Path) -> None:

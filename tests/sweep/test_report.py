@@ -1,11 +1,15 @@
 """The page of a study: the answer is on it, with its doubt, and nothing is fetched."""
 
+import math
 import re
 import shutil
 from html import unescape
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from engram.model.accounting import count_parameters
 from engram.sweep.collect import collect
@@ -16,7 +20,8 @@ from engram.sweep.spec import Sweep
 from engram.sweep.study import fits
 from engram.sweep.tables import read_table
 from tests.report.test_page import parse
-from tests.sweep.planted import PARTS, make_study, plant_all, planted_loss
+from tests.sweep.build import BASE, make_sweep
+from tests.sweep.planted import PARTS, make_study, plant_all, planted_loss, write_tables
 
 CHOSEN = ("curve", "changes", "later")
 
@@ -87,18 +92,73 @@ def test_deviations_are_from_the_model_without_memory(sweep: Sweep) -> None:
     rows = read_table(sweep.out / "runs.parquet")
     views = {name: view.points for name, view in fits(sweep, rows).views.items()}
     own = [row for row in rows if row["part"] == "curve"]
-    base = base_row(own[-1], views["curve"], views)
+    base = base_row(own[-1], "curve", sweep.parts["curve"], views)
     assert base is not None and (base["rho"], base["budget"], base["memory"]) == (1.0, "flat", 0)
-    header, table = counted_table(views["curve"], own, views)
+    header, table = counted_table("curve", sweep.parts["curve"], own, views)
     total = header.index("total vs. base")
     # `allocate` keeps the total within 0.5 % and the activated parameters within 1 %.
     assert {line[total] for line in table[:3]} == {"+0.00 %"}
-    deviations = [(float(line[total][:-2]), float(line[total + 1][:-2])) for line in table]
+    deviations = [[float(cell[:-2].replace("−", "-")) for cell in line[total : total + 2]] for line in table]
     assert all(abs(first) <= 0.5 and abs(second) <= 1 for first, second in deviations)
     assert deviations[-1][1] == pytest.approx(100 * (own[-1]["activated"] / base["activated"] - 1), abs=0.005)
     assert len({first for first, _ in deviations}) > 1
-    # The part without such a model of its own takes that of another.
-    assert base_row(rows[-1], views["later"], views) is not None
+
+
+def test_a_part_with_its_own_base_is_not_compared_with_another_model(tmp_path: Path) -> None:
+    """Three parts: a wide base with a model without memory, and a narrow one without, with and without a reference."""
+    narrow = {**BASE, "model": {**BASE["model"], "num_layers": 2}}
+    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump(narrow))
+    rates = {"axes": {"optim.lr": [0.1, 0.2]}, "view": "lines", "base": "narrow.yaml"}
+    plain = {"axes": {"variant": {"with": {}, "without": {"model.memory": None}}}, "base": "narrow.yaml"}
+    parts = {
+        "wide": {"derive": "allocation", "axes": {"rho": [1, 0.5]}},
+        "alone": rates,
+        "beside": {**rates, "reference": {"part": "plain", "variant": "with"}},
+        "plain": plain,
+    }
+    sweep = make_sweep(tmp_path, name="bases", parts=parts)
+    runs = expand(sweep)
+    write_tables(sweep, runs, lambda run: 4.0)
+    rows = read_table(sweep.out / "runs.parquet")
+    views = {name: view.points for name, view in fits(sweep, rows).views.items()}
+    by_part = {name: [row for row in rows if row["part"] == name] for name in parts}
+
+    def base(name: str) -> dict[str, Any]:
+        found = base_row(by_part[name][-1], name, sweep.parts[name], views)
+        assert found is not None
+        return found
+
+    assert base("wide")["part"] == "wide" and base("wide")["memory"] == 0
+    assert (base("alone")["part"], base("alone")["optim.lr"]) == ("alone", 0.1)
+    assert (base("beside")["part"], base("beside")["variant"]) == ("plain", "with")
+    assert (base("plain")["part"], base("plain")["variant"]) == ("plain", "without")
+    for name in ("alone", "beside"):
+        header, table = counted_table(name, sweep.parts[name], by_part[name], views)
+        assert {line[header.index("total vs. base")] for line in table} == {"+0.00 %"}
+
+
+def test_means_and_spreads_stand_on_it(sweep: Sweep, page: str) -> None:
+    rows = read_table(sweep.out / "runs.parquet")
+    losses = [row["val_loss"] for row in rows if row["part"] == "changes" and row["variant"] == "no gate"]
+    assert f"no gate {np.mean(losses):.4f} {np.std(losses, ddof=1):.4f} 3 0" in text(page)
+    assert "Mean and spread of all 12 points" in text(page) and "within 0.005 of it" in text(page)
+
+
+def test_one_minus_sign_throughout(page: str) -> None:
+    """A page for people: tables that machines read are inside of links."""
+    shown = re.sub(r"<(style|pre)>.*?</\1>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"(?<![\w.])-\d[\d.]*", text(shown))
+    assert re.search(r"−0\.\d", text(page))
+
+
+def test_it_says_which_runs_diverged(tmp_path: Path) -> None:
+    sweep = make_study(tmp_path, changes=PARTS["changes"])
+    runs = expand(sweep)
+    lost = [run for run in runs if run.point["variant"] == "no conv" and run.seed > 0]
+    write_tables(sweep, runs, lambda run: math.inf if run in lost else planted_loss(run))
+    shown = text(write(sweep).read_text(encoding="utf-8"))
+    assert shown.count("2 runs diverged (2 of 3 at no conv): the other seeds of these points") == 2
+    assert "10 of 12 runs finished, 2 failed" in shown and "2 runs diverged; differences of 1 seed" in shown
 
 
 def test_it_leaves_everything_else_in_place(sweep: Sweep, page: str) -> None:

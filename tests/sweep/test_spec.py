@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engram.sweep.spec import SweepError, load_sweep
+from engram.sweep.spec import SweepError, load_sweep, other_folder
 from tests.sweep.build import make_sweep, write_sweep
 
 
@@ -53,6 +53,33 @@ def test_a_part_may_have_no_axis_and_no_settings(tmp_path: Path) -> None:
         (dict(axes={"rho": [1, 0.5]}), "parts.sweep: an axis rho and derive: allocation belong together"),
         (dict(derive="memory"), "parts.sweep: an axis rows and derive: memory belong together"),
         (dict(axes={"seed": [1, 2]}), "parts.sweep: axes.seed: is set by `seeds`"),
+        (dict(overrides={"data.shuffle_seed": 1}), "parts.sweep: overrides.data.shuffle_seed: is set by `seeds`"),
+        (dict(axes={"x": {"y": {"seed": 1}}}), "parts.sweep: axes.x.y.seed: is set by `seeds`"),
+        (dict(axes={"run_dir": ["a", "b"]}), "axes.run_dir: is <pool>/<run id> for every run: leave it out, or set"),
+        (dict(overrides={"run_dir": "a"}), "overrides.run_dir: is <pool>/<run id> for every run"),
+        (
+            dict(axes={"train.device": ["cpu", "cuda"]}),
+            "axes.train.device: changes nothing that a run is told apart",
+        ),
+        (dict(axes={"eval.batch_size": [1, 2]}), "axes.eval.batch_size: changes nothing"),
+        (
+            dict(axes={"x": {"a": {"optim.lr": 1, "train.threads": 1}, "b": {"optim.lr": 1, "train.threads": 2}}}),
+            "axes.x: a and b differ in train.threads, which tells no runs apart: drop one",
+        ),
+        (dict(axes={"x": {"a": {}, "b": {}}}), "axes.x: a and b differ in nothing: drop one"),
+        (
+            dict(axes={"flops": [1e11]}, overrides={"train.steps": 3}),
+            "overrides.train.steps: the axis flops decides how many steps are taken: drop one",
+        ),
+        (
+            dict(axes={"x": {"y": {"flops": 1e11}}, "train.steps": [3, 4]}),
+            "axes.train.steps: the axis flops decides how many steps are taken: drop one",
+        ),
+        (dict(axes={"rho": []}), "parts.sweep.axes.rho: is [], but must be a list of one value or more, or a mapping"),
+        (dict(axes={"x": {}}), "parts.sweep.axes.x: is {}, but must be a list of one value or more, or a mapping"),
+        (dict(axes={"x": None}), "parts.sweep.axes.x: is None, but must be a list of one value or more"),
+        (dict(axes={"x": {1: {}}}), "parts.sweep.axes.x: names a value 1, but names are text: put it in quotes"),
+        (dict(axes={"x": {"a": 1}}), "parts.sweep.axes.x: sets 'a' to 1, but must name settings"),
         (dict(axes={"optim.lr": [1, 1]}), "parts.sweep: axes.optim.lr: [1, 1] repeats a value"),
         (dict(derive="allocation", axes={"rho": ["half"]}), "axes.rho: holds 'half', but must hold a number"),
         (dict(axes={"flops": ["2e20"]}), "axes.flops: holds '2e20', but must hold a number (YAML reads an exponent"),
@@ -69,6 +96,69 @@ def test_a_part_may_have_no_axis_and_no_settings(tmp_path: Path) -> None:
 )
 def test_mistakes(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     assert message in complaint(tmp_path, **settings)
+
+
+PARTS: dict[str, Any] = {
+    "rates": {"axes": {"optim.lr": [1, 0.5], "size": {"small": {}, "large": {"train.batch_size": 8}}}},
+    "changes": {"axes": {"variant": {"full": {}, "no conv": {"model.memory.conv": None}}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ({"part": "rate"}, "parts.own.reference.part: has no 'rate'; did you mean 'rates'?"),
+        ({"part": "changes", "variants": "full"}, "parts.own.reference: has no 'variants'; did you mean 'variant'?"),
+        ({"part": "changes", "variant": "ful"}, "parts.own.reference.variant: has no 'ful'; did you mean 'full'?"),
+        ({"part": "changes", "variant": "huge"}, "parts.own.reference.variant: has no 'huge'; there are full, no conv"),
+        ({"part": "changes", "optim.lr": 1}, "parts.own.reference: has no 'optim.lr'; there are variant"),
+        ({"layer": "2"}, "parts.own.reference.layer: has no '2'; there are 0, 1"),
+        # Its own sizes, which it does not name, must be there too.
+        ({"part": "rates", "optim.lr": 1}, "parts.own.reference: axis size of part rates: has no 'huge'; there are"),
+        ({"part": "rates", "optim.lr": 1.0, "size": "small"}, ""),
+        ({"part": "changes", "variant": "full"}, ""),
+        ({"layer": 1}, ""),
+    ],
+)
+def test_a_reference_is_a_point_of_the_study(tmp_path: Path, reference: dict[str, Any], message: str) -> None:
+    own: dict[str, Any] = {
+        "layer": {"0": {}, "1": {"model.memory.layer_ids": [2]}},
+        "size": {"small": {}, "huge": {"train.batch_size": 16}},
+    }
+    parts = {**PARTS, "own": {"axes": own, "reference": reference}}
+    if message:
+        assert complaint(tmp_path, parts=parts).startswith(message)
+    else:
+        assert make_sweep(tmp_path, parts=parts).parts["own"].reference == reference
+
+
+def test_settings_that_all_runs_share_may_be_any(tmp_path: Path) -> None:
+    axes = {"x": {"a": {"train.device": "cpu"}, "b": {"train.device": "cpu", "optim.lr": 1}}, "eval.tokens": [64, 128]}
+    sweep = make_sweep(tmp_path, overrides={"train.threads": 1, "train.steps": 3}, axes=axes)
+    assert list(sweep.parts["sweep"].axes) == ["x", "eval.tokens"]
+
+
+def test_a_command_from_another_folder_than_the_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, away = tmp_path / "project", tmp_path / "away"
+    configs = project / "configs" / "sweep"
+    for folder in (configs, away):
+        folder.mkdir(parents=True)
+    path = write_sweep(configs, pool="runs/pool", out="results/study")
+    sweep = load_sweep(path)
+    monkeypatch.chdir(away)
+    (project / "results" / "study").mkdir(parents=True)
+    # No project, no telling.
+    assert other_folder(sweep, path) is None
+    (project / "pyproject.toml").touch()
+    assert other_folder(sweep, path) == project
+    monkeypatch.chdir(project)
+    assert other_folder(sweep, path) is None
+    # Whoever has a pool here means it.
+    monkeypatch.chdir(away)
+    (away / "runs" / "pool").mkdir(parents=True)
+    assert other_folder(sweep, path) is None
+    absolute = sweep.replace(pool=away / "pool", out=away / "out")
+    assert other_folder(absolute, path) is None
 
 
 def test_a_file_without_base(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from engram.sweep import status
 from engram.sweep.grid import Run, expand
 from engram.sweep.pool import Pool
+from tests.sweep import drive
 from tests.sweep.build import make_sweep
 
 
@@ -22,27 +23,25 @@ def build(folder: Path, seeds: int) -> tuple[list[Run], Pool]:
 
 
 def finish(pool: Pool, run: Run) -> None:
-    folder = pool.run_folder(run)
-    folder.mkdir(parents=True)
-    lines = [json.dumps({"step": step, "loss": 3.0, "tokens_per_second": 640.0}) for step in range(1, 11)]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "done.json").write_text('{"step": 10, "val_loss": 3.25}')
+    drive.finish(pool.run_folder(run), run, val_loss=3.25)
 
 
 def start(pool: Pool, run: Run, step: int) -> None:
-    pool.run_folder(run).mkdir(parents=True)
+    pool.run_folder(run).mkdir(parents=True, exist_ok=True)
     line = json.dumps({"step": step, "loss": 4.5, "tokens_per_second": 64.0})
     (pool.run_folder(run) / "metrics.jsonl").write_text(line + "\n")
     pool.write_job(run, status="running", host="elsewhere", heartbeat=time.time())
 
 
 def test_every_state_is_shown_and_counted(tmp_path: Path) -> None:
-    runs, pool = build(tmp_path, 5)
+    runs, pool = build(tmp_path, 6)
     finish(pool, runs[0])
+    finish(pool, runs[5])
+    (pool.run_folder(runs[5]) / "metrics.jsonl").write_text("")
     start(pool, runs[1], step=4)
     pool.write_job(runs[2], status="failed", message="exit status 2: error: disk full")
-    pool.write_job(runs[3], status="running", host="elsewhere", heartbeat=0)
-    console = Console(width=200, record=True, file=io.StringIO())
+    drive.abandon(pool, runs[3])
+    console = Console(width=500, record=True, file=io.StringIO())
     console.print(status.table(runs, pool))
     lines = console.export_text().splitlines()[1:]
     for line, words in zip(
@@ -53,13 +52,15 @@ def test_every_state_is_shown_and_counted(tmp_path: Path) -> None:
             ("failed", "disk full"),
             ("lost", "its worker is gone"),
             ("pending", "0/10"),
+            ("damaged", "its metrics.jsonl ends at step 0, but it was trained to step 10"),
         ],
         strict=True,
     ):
         assert all(word in line for word in words), line
     # 6 steps of one run, 10 of a lost and 10 of a pending one: 26 steps of 64 tokens at 64 tokens a second.
     text = status.summary(runs, pool)
-    assert text == "5 runs: 1 done, 1 running, 1 failed, 1 lost, 1 pending; about 0:00:26 left"
+    assert text == "6 runs: 1 done, 1 running, 1 failed, 1 damaged, 1 lost, 1 pending; about 0:00:26 left"
+    assert status.summary(runs[:1], pool) == "1 run: 1 done"
 
 
 def test_json_has_a_line_for_each_run(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_watching_reads_what_is_done_once(tmp_path: Path, monkeypatch: pytest.Mo
     steps = iter(
         [
             lambda: start(pool, runs[2], step=5),
-            lambda: (pool.run_folder(runs[1]) / "done.json").write_text('{"step": 10}'),
+            lambda: finish(pool, runs[1]),
             lambda: pool.write_job(runs[2], status="failed"),
         ]
     )
@@ -121,4 +122,4 @@ def test_a_thousand_runs_are_read_in_two_seconds(tmp_path: Path) -> None:
     status.table(runs, pool)
     text = status.summary(runs, pool)
     assert time.process_time() - begin < 2
-    assert text.startswith("1000 runs: 334 done, 333 running, 333 lost; about ")
+    assert text.startswith("1,000 runs: 334 done, 333 running, 333 lost; about ")

@@ -12,36 +12,18 @@ import pytest
 from rich.console import Console
 
 from engram.sweep import paper
-from engram.sweep.grid import expand
 from engram.sweep.paired import paired_difference
 from engram.sweep.spec import Part, Sweep, SweepError
 from engram.sweep.study import Study, fits, print_fits, write_fits
-from engram.sweep.tables import Row, read_table
+from engram.sweep.tables import Row
 from engram.sweep.views.allocation import AllocationView
 from engram.sweep.views.bars import Bars, bars_view
 from engram.sweep.views.lines import Lines, lines_view
 from engram.sweep.views.points import Points, points
 from engram.sweep.views.scaling import ScalingView
 from engram.sweep.views.spread import spread
-from engram.sweep.views.words import compared, interval, signed
-from tests.sweep.planted import LAYERS, NOISE, SEED_LEVELS, VARIANTS, deep, make_study, write_tables
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    sweep = make_study(tmp_path_factory.mktemp("study"))
-    write_tables(sweep, expand(sweep))
-    return sweep
-
-
-@pytest.fixture(scope="module")
-def rows(sweep: Sweep) -> list[Row]:
-    return read_table(sweep.out / "runs.parquet")
-
-
-@pytest.fixture(scope="module")
-def study(sweep: Sweep, rows: list[Row]) -> Study:
-    return fits(sweep, rows)
+from engram.sweep.words import compared, interval, signed
+from tests.sweep.planted import LAYERS, NOISE, SEED_LEVELS, VARIANTS, deep, table_row
 
 
 def only(sweep: Sweep, *names: str) -> Sweep:
@@ -96,7 +78,9 @@ def test_the_planted_slope_and_offset_are_found(study: Study) -> None:
     assert [name for name, _ in view.offsets] == ["averaged"]
     assert view.offsets[0][1].loss == pytest.approx(0.03, abs=1e-9)
     assert "−0.040 nat per decade" in view.title
-    assert view.findings[-1].startswith("averaged lies +0.030 nat from engram")
+    assert "averaged lies 0.030 nat above engram (+0.030 to +0.030): it needs 5.6 times the rows" in view.findings[-1]
+    # 10 ** (0.03 / 0.04)
+    assert view.offsets[0][1].rows_factor == pytest.approx(10**0.75)
 
 
 def test_differences_are_paired_by_seed(study: Study, rows: list[Row]) -> None:
@@ -128,7 +112,7 @@ def test_lines_name_the_best_and_compare_with_another_parts_reference(study: Stu
 
 def test_lines_far_apart_are_read_on_their_own() -> None:
     def row(length: str, lr: float, loss: float) -> Row:
-        return {"part": "p", "seed": 0, "val_loss": loss, "length": length, "optim.lr": lr}
+        return table_row("p", 0, loss, length=length) | {"optim.lr": lr}
 
     part = Part(base=Path("x"), axes={"optim.lr": [0.1, 0.2], "length": {"short": {}, "long": {}}}, view="lines")
 
@@ -147,6 +131,98 @@ def test_lines_far_apart_are_read_on_their_own() -> None:
     ]
     (near,) = view(0.15).contests
     assert [line.name for line in near.lines] == ["short", "long"] and near.best == "0.2 (long)"
+
+
+def test_a_point_is_not_compared_with_itself() -> None:
+    """The reference lies on the line, or is the same run in another part."""
+    losses = {"a": [3.0, 3.2], "b": [3.003, 3.199], "c": [3.5, 3.7]}
+    own = [table_row("p", seed, loss, v=v) for v, both in losses.items() for seed, loss in enumerate(both)]
+    other = [table_row("q", seed, loss, v=v, w="x") for v, both in losses.items() for seed, loss in enumerate(both)]
+    axes: Any = {"v": {"a": {}, "b": {}, "c": {}}}
+    everything = {"p": points(own, "p", axes), "q": points(other, "q", [*axes, "w"])}
+    for reference in ({"v": "a"}, {"part": "q", "v": "a", "w": "x"}):
+        part = Part(base=Path("x"), axes=axes, view="lines", reference=reference)
+        view = lines_view("p", part, everything)
+        (contest,) = view.contests
+        assert contest.gain is None and contest.tied == ("b",)
+        assert view.findings == ["lowest at a, the reference itself; not resolved from b"]
+        bars = bars_view("p", part, everything)
+        assert [bar.label for bar in bars.bars] == ["b", "c"]
+    (contest,) = lines_view("p", part.replace(reference={"v": "b"}), everything).contests
+    # That a lies below b is said once, with its interval.
+    assert contest.gain is not None and not contest.gain.resolved and contest.tied == ()
+
+
+def test_the_best_of_many_lines_is_compared_with_all_at_once() -> None:
+    """Noise alone, 12 points of 3 seeds: each on its own, some would pass for worse in most draws."""
+    part = Part(base=Path("x"), axes={"v": {str(v): {} for v in range(12)}}, view="lines")
+    some = 0
+    for _ in range(20):
+        losses = np.random.normal(4, 0.01, (12, 3))
+        table = [table_row("p", seed, loss, v=str(v)) for v, row in enumerate(losses) for seed, loss in enumerate(row)]
+        (contest,) = lines_view("p", part, {"p": points(table, "p", part.axes)}).contests
+        some += len(contest.tied) < 11
+    assert some <= 5
+
+
+def test_means_and_spreads_of_points(study: Study, rows: list[Row]) -> None:
+    written = study.views["changes"].as_dict()["points"]
+    for point in written:
+        losses = [row["val_loss"] for row in rows if row["part"] == "changes" and row["variant"] == point["label"]]
+        assert (point["mean"], point["sd"]) == pytest.approx((np.mean(losses), np.std(losses, ddof=1)))
+        assert (point["n"], point["diverged"]) == (3, 0)
+    header, table = study.views["place"].table()
+    first = [row["val_loss"] for row in rows if row["part"] == "place" and row["layer"] == "0"]
+    assert header == ["layer", "0", "1", "2"]
+    assert table[0][:2] == ["mean ± sd (seeds)", f"{np.mean(first):.4f} ± {np.std(first, ddof=1):.4f} (3)"]
+    empty = {"label": "0.5", "mean": None, "sd": None, "n": 0, "diverged": 0}
+    assert study.views["later"].as_dict()["points"][0] == empty
+
+
+def test_ranges_of_small_cost_stand_in_fits_and_table(study: Study) -> None:
+    view = study.views["curve"]
+    assert isinstance(view, AllocationView) and view.curves[0].judged is not None
+    ranges = view.as_dict()["curves"][0]["fit"]["within"]
+    assert [near["nat"] for near in ranges] == [0.005, 0.01, 0.02]
+    cells = {row[0]: row[1] for row in view.table()[1]}
+    for near in ranges:
+        assert near["low"] <= view.curves[0].judged.argmin <= near["high"]
+        low, high = near["low_interval"], near["high_interval"]
+        assert cells[f"within {near['nat']:g} of it"] == (
+            f"{near['low']:.2f} ({low[0]:.2f} to {low[1]:.2f}) to {near['high']:.2f} ({high[0]:.2f} to {high[1]:.2f})"
+        )
+
+
+def test_the_tile_of_a_slope_says_when_it_is_not_resolved(sweep: Sweep, rows: list[Row], study: Study) -> None:
+    view = study.views["growth"]
+    assert isinstance(view, ScalingView)
+    tiles = list(view.tiles())
+    assert tiles[0] == ("−0.040 nat", "for ten times the rows, engram (−0.040 to −0.040)")
+    # Four sizes are too few to tell laws apart.
+    assert tiles[1] == ("not resolved", "law of the loss over rows, engram")
+    noise = {row["run_id"]: float(np.random.normal(0, 0.2)) for row in rows}
+    noisy = [{**row, "val_loss": row["val_loss"] and row["val_loss"] + noise[row["run_id"]]} for row in rows]
+    one = without(rows, lambda row: row["seed"] > 0)
+    for table in (noisy, one):
+        view = fits(only(sweep, "growth"), table).views["growth"]
+        assert isinstance(view, ScalingView)
+        assert next(view.tiles()) == ("not resolved", "what ten times the rows change, engram")
+
+
+def test_warnings_of_distances_are_not_lost(sweep: Sweep, rows: list[Row]) -> None:
+    cut = without(rows, lambda row: row["tables"] == "averaged" and row["seed"] == 2 and row["axis.rows"] > 0)
+    view = fits(only(sweep, "growth"), cut).views["growth"]
+    assert any(note.startswith("averaged: the two models have finished different seeds") for note in view.warnings())
+
+
+def test_the_papers_points_stand_only_where_a_part_asks_for_them(sweep: Sweep, rows: list[Row]) -> None:
+    """Whatever its variants and axes are called."""
+    parts = {name: part.replace(paper=None) for name, part in sweep.parts.items()}
+    curve, growth, changes, place = list(fits(sweep.replace(parts=parts), rows).views.values())[:4]
+    assert isinstance(curve, AllocationView) and isinstance(growth, ScalingView)
+    assert isinstance(changes, Bars) and isinstance(place, Lines)
+    assert curve.paper == () and growth.paper is None and place.paper is None
+    assert [bar.paper for bar in changes.bars] == [None] * 3 and "paper" not in changes.table()[0]
 
 
 def test_what_is_missing_is_said(sweep: Sweep, rows: list[Row]) -> None:
@@ -209,7 +285,7 @@ def test_a_reference_must_exist(sweep: Sweep, rows: list[Row], reference: dict[s
 
 def test_a_reference_keeps_the_points_other_axes() -> None:
     losses = {("a", "short"): 5.0, ("b", "short"): 5.25, ("a", "long"): 4.0, ("b", "long"): 4.5}
-    table = [{"part": "p", "seed": 0, "val_loss": loss, "v": v, "budget": b} for (v, b), loss in losses.items()]
+    table = [table_row("p", 0, loss, v=v, budget=b) for (v, b), loss in losses.items()]
     part = Part(
         base=Path("x"), axes={"v": {"a": {}, "b": {}}, "budget": {"short": {}, "long": {}}}, reference={"v": "a"}
     )

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -14,10 +15,10 @@ import pytest
 
 from engram.sweep import worker
 from engram.sweep.grid import Run
-from engram.sweep.pool import Pool
+from engram.sweep.pool import LOST_AFTER_SECONDS, Pool
 from engram.sweep.worker import Job, Outcome, execute
 from tests.sweep.build import write_sweep
-from tests.sweep.drive import FAKE, build, ledger, load, wait_until
+from tests.sweep.drive import FAKE, abandon, build, finish, ledger, load, wait_until
 from tests.training.conftest import config_tree
 
 
@@ -55,7 +56,7 @@ def test_a_run_that_comes_to_its_end(tmp_path: Path) -> None:
         ("mute", 1, "exit status 1: it said nothing"),
         ("diverge", 3, "diverged: its run folder holds a post-mortem"),
         ("stop", 0, "ended without finishing: train.stop_after is set, or its done.json was removed"),
-        ("die", -9, "killed by signal 9 (SIGKILL)"),
+        ("crash", -6, "killed by signal 6 (SIGABRT)"),
     ],
 )
 def test_how_a_training_can_fail(tmp_path: Path, prompt: str, code: int, message: str) -> None:
@@ -64,6 +65,25 @@ def test_how_a_training_can_fail(tmp_path: Path, prompt: str, code: int, message
     state = pool.state(run)
     assert (state.status, state.message, pool.read_job(run)["exit_code"]) == ("failed", message, code)
     assert is_free(run, pool)
+
+
+def test_a_training_that_was_killed_goes_on_by_itself(tmp_path: Path) -> None:
+    """By people, a cluster, or the kernel out of memory: its checkpoint is whole."""
+    _, [run], pool = build(tmp_path, "die")
+    message = "killed by signal 9 (SIGKILL); goes on from its last checkpoint at the next call"
+    assert execute(run, pool, command=FAKE) == Outcome("interrupted", message, -9)
+    assert (pool.state(run).status, pool.state(run).message) == ("pending", message)
+
+
+def test_an_interrupt_in_the_middle_of_an_import_is_no_failure(tmp_path: Path) -> None:
+    _, [run], pool = build(tmp_path, "early")
+
+    def interrupt(job: Job) -> None:
+        wait_until(lambda: pool.state(run).step > 0)
+        job.interrupt()
+
+    outcome = execute(run, pool, command=FAKE, on_start=interrupt)
+    assert (outcome.status, outcome.exit_code) == ("interrupted", 1) and pool.state(run).status == "pending"
 
 
 def test_words_of_an_earlier_attempt_are_not_blamed(tmp_path: Path) -> None:
@@ -86,20 +106,22 @@ def test_what_others_have_made_of_a_run(tmp_path: Path) -> None:
     pool.write_job(run, status="running", host="elsewhere", heartbeat=time.time())
     assert Job.start(run, pool, command=FAKE) == Outcome("elsewhere")
     pool.write_job(run, status="failed", message="disk full")
-    assert Job.start(run, pool, command=FAKE) == Outcome("failed", "disk full")
+    assert Job.start(run, pool, command=FAKE) == Outcome("failed", "disk full", settled=True)
     pool.write_job(run, status="pending")
     pool.run_folder(run).mkdir()
     with open(pool.run_folder(run) / "lock", "w") as by_hand:
         fcntl.flock(by_hand, fcntl.LOCK_EX)
         assert Job.start(run, pool, command=FAKE) == Outcome("elsewhere")
-    (pool.run_folder(run) / "done.json").write_text("{}")
-    assert Job.start(run, pool, command=FAKE) == Outcome("done")
+    finish(pool.run_folder(run), run)
+    assert Job.start(run, pool, command=FAKE) == Outcome("done", settled=True)
+    (pool.run_folder(run) / "metrics.jsonl").write_text("")
+    assert Job.start(run, pool, command=FAKE) == Outcome("failed", pool.damage(run), settled=True)
     assert ledger(pool, "start") == [] and is_free(run, pool)
 
 
 def test_a_lost_run_is_started_again(tmp_path: Path) -> None:
     _, [run], pool = build(tmp_path, "sleep 0")
-    pool.write_job(run, status="running", host="elsewhere", heartbeat=0, attempt=3)
+    abandon(pool, run, attempt=3)
     assert execute(run, pool, command=FAKE).status == "done" and pool.state(run).attempt == 4
 
 
@@ -171,8 +193,50 @@ def test_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.poll() is None and pool.read_job(run)["heartbeat"] == first
     monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.0)
     assert job.poll() is None and pool.read_job(run)["heartbeat"] > first
+    # Whoever finds a deleted job folder again finds all of it.
+    lease = pool.read_job(run)
+    shutil.rmtree(pool.job_folder(run))
+    assert job.poll() is None and pool.read_job(run) == {**lease, "heartbeat": pool.read_job(run)["heartbeat"]}
     job.kill()
     wait_until(lambda: job.poll() is not None)
+
+
+def test_a_worker_beats_more_often_than_it_is_taken_for_lost() -> None:
+    """A beat may be late by a slow disk, twice in a row."""
+    assert 3 * worker.HEARTBEAT_SECONDS <= LOST_AFTER_SECONDS
+
+
+def test_a_worker_gives_way_to_who_took_its_run_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another host saw no sign of life for long, and locks are not carried there: two must not write one run folder."""
+    _, [run], pool = build(tmp_path, "sleep 60")
+    job = start(run, pool)
+    wait_until(lambda: pool.state(run).step > 0)
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.0)
+    theirs = {"status": "running", "host": "elsewhere", "started": time.time(), "heartbeat": time.time(), "attempt": 2}
+    pool.write_job(run, **theirs)
+    wait_until(lambda: job.poll() is not None)
+    assert job.poll() == Outcome("elsewhere", "taken over by another process", -9)
+    assert ledger(pool, "saved") == [] and theirs.items() <= pool.read_job(run).items() and is_free(run, pool)
+
+
+def test_a_signal_handler_may_conclude_in_the_middle_of_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, [run], pool = build(tmp_path, "sleep 0")
+    job = start(run, pool)
+    judge = Job._judge
+    notes = []
+
+    def interrupted(job: Job, code: int) -> Outcome:
+        monkeypatch.setattr(Job, "_judge", judge)
+        # What `checkpoint` of a cluster's task does.
+        assert job.poll() == Outcome("done", exit_code=0)
+        return judge(job, code)
+
+    write = Pool.write_job
+    monkeypatch.setattr(Pool, "write_job", lambda *given, **changes: notes.append(changes) or write(*given, **changes))
+    monkeypatch.setattr(Job, "_judge", interrupted)
+    wait_until(lambda: job.poll() is not None)
+    # Concluded once: closing the lock's number a second time would close another file's.
+    assert [note["status"] for note in notes] == ["done"]
 
 
 def test_a_full_disk_stops_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +257,8 @@ def test_a_full_disk_stops_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_threads_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
     _, runs, pool = build(tmp_path, *["sleep 0"] * 3)
     own = runs[2].config.train.replace(threads=3)
     runs[2] = Run(runs[2].id, "", {}, 0, runs[2].config.replace(train=own))
@@ -202,9 +267,9 @@ def test_threads_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     # The config has the last word.
     execute(runs[2], pool, command=FAKE, threads=2)
     assert [line.split()[2:] for line in (pool.pool / "ledger").read_text().splitlines() if " start" in line] == [
-        ["train.threads=2", "OMP_NUM_THREADS=2", "CUDA_VISIBLE_DEVICES=1"],
-        ["OMP_NUM_THREADS=5", "CUDA_VISIBLE_DEVICES=None"],
-        ["OMP_NUM_THREADS=5", "CUDA_VISIBLE_DEVICES=None"],
+        ["train.threads=2", "OMP_NUM_THREADS=2", "CUDA_VISIBLE_DEVICES=1", "CUDA_DEVICE_ORDER=PCI_BUS_ID"],
+        ["OMP_NUM_THREADS=5", "CUDA_VISIBLE_DEVICES=None", "CUDA_DEVICE_ORDER=None"],
+        ["OMP_NUM_THREADS=5", "CUDA_VISIBLE_DEVICES=None", "CUDA_DEVICE_ORDER=None"],
     ]
 
 
@@ -235,5 +300,5 @@ def test_a_real_training_saves_goes_on_and_is_done(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, 121))
     state, done = pool.state(run), json.loads((pool.run_folder(run) / "done.json").read_text())
     assert (state.status, state.step, state.attempt, state.val_loss) == ("done", 120, 2, done["val_loss"])
-    pool.check(run)
-    assert execute(run, pool, command=["/no/such/program"]) == Outcome("done")
+    assert pool.check(run) == ""
+    assert execute(run, pool, command=["/no/such/program"]) == Outcome("done", settled=True)

@@ -9,8 +9,19 @@ from matplotlib.patches import Patch
 
 from engram.report.figure import SavedFigure, save
 from engram.report.style import COLOURS, MUTED, applied
-from engram.sweep.figures.drawing import Data, colour, draw_points, file_name, headroom, panels, set_title
-from engram.sweep.views.allocation import AllocationView, Curve, paper_curves
+from engram.sweep.figures.drawing import (
+    RUN_COLUMNS,
+    Data,
+    colour,
+    draw_diverged,
+    draw_points,
+    file_name,
+    headroom,
+    legend_below,
+    panels,
+    set_title,
+)
+from engram.sweep.views.allocation import AllocationView, Curve
 from engram.sweep.views.spread import LEVEL, spread
 
 _LOSS = "validation loss (nats)"
@@ -20,13 +31,13 @@ _SHARE = "experts' share ρ of the inactive parameters"
 
 def allocation_figure(view: AllocationView, folder: Path) -> SavedFigure:
     """Seeds as dots, means with intervals, both fits, the band of the minimum's place, and the pure-experts line."""
-    data = Data("curve", "kind", "rho", "seed", "loss", "mean", "half_interval", "loss_without_seed_level")
+    data = Data("curve", "kind", "rho", *RUN_COLUMNS)
     ours = [curve for curve in view.curves if curve.points.finished]
     with applied():
-        figure, axes, _ = panels(len(ours) + 2, height=2.55)
+        figure, axes, _ = panels(len(ours) + len(view.paper), height=2.55)
         for index, (axis, curve) in enumerate(zip(axes, ours, strict=False)):
             _draw(axis, curve, colour(index), data)
-        for axis, curve in zip(axes[len(ours) :], paper_curves(), strict=True):
+        for axis, curve in zip(axes[len(ours) :], view.paper, strict=True):
             _draw(axis, curve, MUTED[0], data)
         # Shares can be compared across panels.
         low = min(axis.get_xlim()[0] for axis in axes)
@@ -36,25 +47,15 @@ def allocation_figure(view: AllocationView, folder: Path) -> SavedFigure:
                 axis.set_ylabel(_LOSS)
             if index >= len(axes) - 2:
                 axis.set_xlabel(_SHARE)
-        figure.legend(handles=_handles(), loc="outside lower center", ncols=5)
+        legend_below(axes, _handles())
         return save(figure, data.columns, folder, file_name(view.name))
 
 
 def _draw(axis: Axes, curve: Curve, tint: str, data: Data) -> None:
     measured = spread(curve.points.loss)
     draw_points(axis, curve.rho, measured, tint)
-    for index, rho in enumerate(curve.rho):
-        for position, seed in enumerate(curve.points.seeds):
-            data.add(
-                curve=curve.name,
-                kind="measured",
-                rho=rho,
-                seed=seed,
-                loss=curve.points.loss[index, position],
-                mean=measured.mean[index],
-                half_interval=measured.half[index],
-                loss_without_seed_level=measured.losses[index, position],
-            )
+    draw_diverged(axis, curve.rho, curve.points)
+    data.add_runs(curve.points, measured, [{"curve": curve.name, "kind": "measured", "rho": rho} for rho in curve.rho])
     limits = axis.get_ylim()
     grid = np.linspace(min(curve.rho), max(curve.rho), 201)
     if curve.judged is not None:

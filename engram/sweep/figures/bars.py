@@ -9,11 +9,12 @@ from matplotlib.patches import Patch
 
 from engram.report.figure import SavedFigure, new_figure, save
 from engram.report.style import COLOURS, INK, MUTED, PAPER, applied
-from engram.sweep.figures.drawing import Data, file_name, set_title
+from engram.report.text import counted
+from engram.sweep.figures.drawing import Data, file_name, legend_below, set_title
 from engram.sweep.paired import Difference
-from engram.sweep.views.bars import Bars
+from engram.sweep.views.bars import Bar, Bars
 from engram.sweep.views.spread import LEVEL
-from engram.sweep.views.words import capital, signed
+from engram.sweep.words import capital, signed
 
 _BETTER, _WORSE = COLOURS[0], COLOURS[1]
 
@@ -25,20 +26,23 @@ def bars_figure(view: Bars, folder: Path) -> SavedFigure:
         figure, (axis,) = new_figure(height=0.95 + 0.33 * max(len(view.bars), 1))
         for place, bar in enumerate(view.bars):
             found = bar.difference
-            data.add(label=bar.label, reference=bar.reference, paper=bar.paper, **(_numbers(found) if found else {}))
+            data.add(
+                label=bar.label, reference=bar.reference, paper=bar.paper, **(_numbers(bar, found) if found else {})
+            )
             if found is None:
                 axis.text(0, place, " no finished run", va="center", fontsize=8, color=MUTED[0])
                 continue
+            lost = f", {counted(bar.diverged, 'run')} diverged" if bar.diverged else ""
             tint = _WORSE if found.mean > 0 else _BETTER
             style: dict[str, Any] = (
-                {"color": tint} if found.resolved else {"facecolor": PAPER[0], "edgecolor": tint, "hatch": "////"}
+                {"color": tint} if bar.resolved else {"facecolor": PAPER[0], "edgecolor": tint, "hatch": "////"}
             )
             axis.barh(place, found.mean, height=0.62, linewidth=0.8, **style)
             if found.low is not None and found.high is not None:
                 axis.plot([found.low, found.high], [place, place], color=INK[0], linewidth=1.1, solid_capstyle="butt")
             # Always to the right: the names stand on the left.
             axis.annotate(
-                signed(found.mean) + ("" if found.resolved else " not resolved"),
+                signed(found.mean) + ("" if bar.resolved else " not resolved") + lost,
                 (max(0.0, found.mean, found.high or 0.0, bar.paper or 0.0), place),
                 xytext=(6, 0),
                 textcoords="offset points",
@@ -60,21 +64,21 @@ def bars_figure(view: Bars, folder: Path) -> SavedFigure:
         return save(figure, data.columns, folder, file_name(view.name))
 
 
-def _numbers(found: Difference) -> dict[str, float | bool | None]:
+def _numbers(bar: Bar, found: Difference) -> dict[str, float | bool | None]:
     return {
         "seeds": found.n,
         "mean": found.mean,
         "low": found.low,
         "high": found.high,
-        "resolved": found.resolved,
+        "resolved": bar.resolved,
     }
 
 
 def _legend(axis: Axes, view: Bars) -> None:
     handles: list[Patch | Line2D] = []
-    if any(found.resolved for _, found in view.measured):
+    if any(bar.resolved for bar in view.bars):
         handles += [Patch(color=_WORSE, label="worse"), Patch(color=_BETTER, label="better")]
-    if any(not found.resolved for _, found in view.measured):
+    if any(not bar.resolved for bar, _ in view.measured):
         handles.append(Patch(facecolor=PAPER[0], edgecolor=MUTED[0], hatch="////", label="not resolved"))
     if any(found.low is not None for _, found in view.measured):
         handles.append(Line2D([], [], color=INK[0], linewidth=1.1, label=f"{LEVEL:.0%} interval"))
@@ -82,7 +86,4 @@ def _legend(axis: Axes, view: Bars) -> None:
         handles.append(
             Line2D([], [], color=INK[0], marker="D", linestyle="", markersize=4.5, mfc=PAPER[0], label="paper")
         )
-    figure = axis.get_figure()
-    assert figure is not None
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    legend_below([axis], handles)

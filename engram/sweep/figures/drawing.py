@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from engram.report.figure import new_figure
 from engram.report.style import COLOURS, MUTED
-from engram.sweep.views.points import Losses
+from engram.sweep.views.points import Losses, Points
 from engram.sweep.views.spread import Spread
 
 NATS = "validation loss (nats per token)"
 # Seeds stand this many points beside their mean.
 _BESIDE = 5.0
+# Entries of a legend beside each other.
+_ABREAST = 5
 # Of a title's size, in a full figure's width.
 _LETTERS = 78
 
@@ -36,6 +39,23 @@ class Data:
             if isinstance(value, np.generic):
                 value = value.item()
             column.append(None if isinstance(value, float) and not np.isfinite(value) else value)
+
+    def add_runs(self, points: Points, shown: Spread, places: Sequence[dict[str, Any]]) -> None:
+        """A row for each point, at its own of `places`, and each seed: as measured, and as `shown`."""
+        for index, place in enumerate(places):
+            for position, seed in enumerate(points.seeds):
+                self.add(
+                    **place,
+                    mean=shown.mean[index],
+                    half_interval=shown.half[index],
+                    seed=seed,
+                    loss=points.loss[index, position],
+                    loss_without_seed_level=shown.losses[index, position],
+                )
+
+
+# What `Data.add_runs` fills.
+RUN_COLUMNS = ("seed", "loss", "mean", "half_interval", "loss_without_seed_level")
 
 
 def file_name(*words: str) -> str:
@@ -134,6 +154,25 @@ def draw_baseline(axis: Axes, losses: Losses, text: str) -> None:
         color=MUTED[0],
         zorder=5,
     )
+
+
+def draw_diverged(axis: Axes, x: Sequence[float], points: Points) -> None:
+    """How many runs diverged, from the panel's top down; the points' means leave these out."""
+    height: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "top", "transform": axis.get_xaxis_transform()}
+    for place, count in zip(x, points.diverged, strict=True):
+        if count:
+            text = f"{count} of {len(points.seeds)} diverged"
+            axis.text(place, 0.98, text, fontsize=7.5, color=MUTED[0], **height)
+
+
+def legend_below(axes: Sequence[Axes], handles: Sequence[Artist] = ()) -> None:
+    """One legend for all panels, under them, where it covers no data: of what has a label in any, then `handles`."""
+    figure = axes[0].get_figure()
+    assert figure is not None
+    shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    shown |= {str(handle.get_label()): handle for handle in handles}
+    if shown:
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), _ABREAST))
 
 
 def headroom(axis: Axes, share: float = 0.06) -> None:

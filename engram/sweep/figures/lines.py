@@ -11,12 +11,15 @@ from engram.report.style import applied
 from engram.sweep import paper
 from engram.sweep.figures.drawing import (
     NATS,
+    RUN_COLUMNS,
     Data,
     colour,
     draw_baseline,
+    draw_diverged,
     draw_points,
     file_name,
     headroom,
+    legend_below,
     moved,
     panels,
     set_title,
@@ -24,26 +27,25 @@ from engram.sweep.figures.drawing import (
 )
 from engram.sweep.views.lines import Contest, Line, Lines
 from engram.sweep.views.spread import Spread, spread
-from engram.sweep.views.words import capital
+from engram.sweep.words import capital
 
-# Axes of this name have the paper's curve beside them.
-_LAYERS = "layer"
 # Points between lines at the same place.
 _DODGE = 6.0
 
 
 def lines_figure(view: Lines, folder: Path) -> SavedFigure:
     """Means with intervals and seeds as dots; the reference dashed, with the range of its seeds."""
-    data = Data("line", "value", "x", "mean", "half_interval", "seed", "loss", "loss_without_seed_level")
-    beside = view.axis == _LAYERS and len(view.contests) == 1
+    data = Data("line", "value", "x", *RUN_COLUMNS)
+    beside = 0 if view.paper is None else 1
     with applied():
         figure, axes, _ = panels(len(view.contests) + beside, height=2.6)
         order = [line for contest in view.contests for line in contest.lines]
         for axis, contest in zip(axes, view.contests, strict=False):
             _draw(axis, view, contest, order, data)
         axes[0].set_ylabel(NATS)
-        if beside:
-            _draw_paper(axes[-1], data)
+        if view.paper is not None:
+            _draw_paper(axes[-1], view.paper, data)
+        legend_below(axes)
         if view.baseline is not None:
             for seed, loss in zip(view.points.seeds, view.baseline, strict=True):
                 data.add(line=f"reference: {view.reference}", seed=seed, loss=loss)
@@ -63,7 +65,9 @@ def _draw(axis: Axes, view: Lines, contest: Contest, order: list[Line], data: Da
         tint, aside = colour(order.index(line)), _DODGE * (position - (len(contest.lines) - 1) / 2)
         axis.plot(line.x, shown.mean, color=tint, linewidth=1.1, alpha=0.6, transform=moved(axis, aside))
         draw_points(axis, line.x, shown, tint, label=line.name if several else "", aside=aside)
-        _add(data, line, shown)
+        draw_diverged(axis, line.x, line.points)
+        places = zip(line.x, line.ticks, strict=True)
+        data.add_runs(line.points, shown, [{"line": line.name, "value": tick, "x": x} for x, tick in places])
     if view.reference is not None:
         draw_baseline(axis, measured.losses[-1], view.reference)
     x = sorted({value for line in contest.lines for value in line.x})
@@ -77,12 +81,10 @@ def _draw(axis: Axes, view: Lines, contest: Contest, order: list[Line], data: Da
     headroom(axis)
     alone = len(view.contests) > 1 and contest.lines[0].name
     set_title(axis, f"{alone}: {contest.says}" if alone else capital(contest.says))
-    if several:
-        axis.legend(loc="best")
 
 
-def _draw_paper(axis: Axes, data: Data) -> None:
-    x, losses = paper.layers()
+def _draw_paper(axis: Axes, curve: paper.Curve, data: Data) -> None:
+    x, losses = curve
     axis.plot(x, losses, color=colour(1), linewidth=1.1, alpha=0.6)
     draw_points(axis, list(x), single(losses), colour(1))
     draw_baseline(axis, np.array([paper.memory_scaling()["baseline"]]), "no memory")
@@ -97,18 +99,3 @@ def _draw_paper(axis: Axes, data: Data) -> None:
 def _geometric(x: list[float]) -> bool:
     """Whether steps are more even as ratios than as differences."""
     return float(np.std(np.diff(np.log(x)))) / np.ptp(np.log(x)) < float(np.std(np.diff(x))) / np.ptp(x)
-
-
-def _add(data: Data, line: Line, shown: Spread) -> None:
-    for index, x in enumerate(line.x):
-        for position, seed in enumerate(line.points.seeds):
-            data.add(
-                line=line.name,
-                value=line.ticks[index],
-                x=x,
-                mean=shown.mean[index],
-                half_interval=shown.half[index],
-                seed=seed,
-                loss=line.points.loss[index, position],
-                loss_without_seed_level=shown.losses[index, position],
-            )

@@ -1,6 +1,6 @@
 """Loss against the experts' share, a curve for each budget: where the optimum lies, and whether it moves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -8,28 +8,20 @@ from typing import Any
 import numpy as np
 
 from engram.sweep import paper
-from engram.sweep.judge import Allocation, Move, compare, judge
+from engram.sweep.costs import Within
+from engram.sweep.judge import Allocation, judge
+from engram.sweep.move import Move, compare
 from engram.sweep.paired import Interval
+from engram.sweep.spec import Part
+from engram.sweep.views.head import NONE, curve_head, divergence, head, lost_runs, named, side_by_side
 from engram.sweep.views.points import Points
-from engram.sweep.views.words import compared
+from engram.sweep.words import compared
 
 AXIS = "rho"
 # Activated over sparse parameters of the paper's allocation models, as counted on configs/paper/allocation_*.yaml.
 PAPERS_SHARE = 0.11
 # A curve needs as many ratios.
 _FEWEST = 3
-# Of the table of a part; costs are of the fitted curve, above its minimum, in nats per token.
-_ROWS = (
-    "runs",
-    "verdict",
-    "minimum at",
-    "cost of experts only",
-    "cost of the paper's 0.8",
-    "cost of the parabola's minimum",
-    "noise of a run",
-    "lowest measured",
-    "not resolved from it",
-)
 
 
 @dataclass(frozen=True)
@@ -89,24 +81,20 @@ class AllocationView:
     curves: tuple[Curve, ...]
     # Between neighbouring budgets: names, and whether the optimum moves.
     moves: tuple[tuple[str, str, Move], ...]
+    # The paper's own, where the part asks for them.
+    paper: tuple[Curve, ...]
 
     @property
     def findings(self) -> list[str]:
-        named = [f"{curve.name}: {curve.says}" if curve.name else curve.says for curve in self.curves]
-        return named + [f"from {first} to {second}, {move.says}" for first, second, move in self.moves]
+        moves = [f"from {first} to {second}, {move.says}" for first, second, move in self.moves]
+        return [*(named(curve.name, curve.says) for curve in self.curves), *moves, *divergence(self.points)]
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "view": "allocation",
-            "runs": self.points.finished,
-            "of": self.points.loss.size,
-            "findings": self.findings,
+            **head("allocation", self.points, self.findings),
             "curves": [
                 {
-                    "name": curve.name,
-                    "runs": curve.points.finished,
-                    "of": curve.points.loss.size,
-                    "says": curve.says,
+                    **curve_head(curve.name, curve.points, curve.says),
                     "fit": curve.judged.as_dict() if curve.judged else None,
                 }
                 for curve in self.curves
@@ -115,18 +103,12 @@ class AllocationView:
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """A column for each budget."""
-        columns = [_cells(curve) for curve in self.curves]
-        return ["", *(curve.name or "loss" for curve in self.curves)], [
-            list(row) for row in zip(_ROWS, *columns, strict=True)
-        ]
+        """A column for each budget; costs are of the fitted curve, above its minimum, in nats per token."""
+        return side_by_side({curve.name: _cells(curve) for curve in self.curves})
 
     def warnings(self) -> list[str]:
-        return [
-            f"{curve.name}: {note}" if curve.name else note
-            for curve in self.curves
-            for note in (curve.judged.warnings if curve.judged else (curve.says,))
-        ]
+        notes = [(curve.name, curve.judged.warnings if curve.judged else (curve.says,)) for curve in self.curves]
+        return [*lost_runs(self.points), *(named(name, note) for name, several in notes for note in several)]
 
     def tiles(self) -> Iterator[tuple[str, str]]:
         for curve in self.curves:
@@ -143,12 +125,13 @@ class AllocationView:
                 yield f"{found.regret_moe.loss:.3f} nat", f"below experts only{f', {curve.name}' if curve.name else ''}"
 
 
-def allocation_view(name: str, points: Points) -> AllocationView:
+def allocation_view(name: str, part: Part, everything: Mapping[str, Points]) -> AllocationView:
     """All axes but `rho` are budgets."""
+    points = everything[name]
     curves = tuple(_curve(label, held) for label, held in points.split(AXIS).items())
     judged = [(curve.name, curve.judged) for curve in curves if curve.judged]
     moves = [(first[0], second[0], compare(first[1], second[1])) for first, second in pairwise(judged)]
-    return AllocationView(name, points, curves, tuple(moves))
+    return AllocationView(name, points, curves, tuple(moves), paper_curves() if part.paper else ())
 
 
 def paper_curves() -> tuple[Curve, ...]:
@@ -180,16 +163,39 @@ def _activated_share(points: Points) -> float:
     return row["activated"] / row["sparse"] if row.get("sparse") else PAPERS_SHARE
 
 
-def _cells(curve: Curve) -> list[str]:
-    found, runs = curve.judged, curve.points.count.removesuffix(" runs")
+def _cells(curve: Curve) -> dict[str, str]:
+    """By the names of the table's rows."""
+    found = curve.judged
+    lost = [f"{rho:.2f} ({count})" for rho, count in zip(curve.rho, curve.points.diverged, strict=True) if count]
+    cells = {"runs": curve.points.count.removesuffix(" runs"), "diverged at": ", ".join(lost) or "none"}
     if found is None:
-        return [runs, "too few ratios", *["–"] * (len(_ROWS) - 2)]
-    place = _with_interval(f"{found.argmin:.3f}", found.argmin_interval)
-    regrets = (found.regret_moe, found.regret_paper, found.regret_parabola)
-    costs = ["–" if regret is None else _with_interval(f"{regret.loss:.4f}", regret.interval, 4) for regret in regrets]
-    noise = "–" if found.seed_sd is None else f"{found.seed_sd:.4f}"
-    tied = ", ".join(f"{share:.2f}" for share in found.tied) or "none"
-    return [runs, found.verdict, place, *costs, noise, f"{found.best:.2f}", tied]
+        return {**cells, "verdict": "too few ratios"}
+    regrets = {
+        "cost of experts only": found.regret_moe,
+        "cost of the paper's 0.8": found.regret_paper,
+        "cost of the parabola's minimum": found.regret_parabola,
+    }
+    return {
+        **cells,
+        "verdict": found.verdict,
+        "minimum at": _with_interval(f"{found.argmin:.3f}", found.argmin_interval),
+        **{f"within {near.nat:g} of it": _range(near) for near in found.within},
+        **{
+            name: _with_interval(f"{regret.loss:.4f}", regret.interval, 4) if regret else NONE
+            for name, regret in regrets.items()
+        },
+        "noise of a run": NONE if found.seed_sd is None else f"{found.seed_sd:.4f}",
+        "lowest measured": f"{found.best:.2f}",
+        "not resolved from it": ", ".join(f"{share:.2f}" for share in found.tied) or "none",
+    }
+
+
+def _range(near: Within) -> str:
+    """`0.00 (0.00 to 0.10) to 0.31 (0.20 to 0.50)`."""
+    return " to ".join(
+        _with_interval(f"{end:.2f}", interval, 2)
+        for end, interval in ((near.low, near.low_interval), (near.high, near.high_interval))
+    )
 
 
 def _with_interval(text: str, interval: Interval | None, digits: int = 3) -> str:

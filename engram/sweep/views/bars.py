@@ -7,9 +7,10 @@ from typing import Any
 from engram.sweep import paper
 from engram.sweep.paired import Difference
 from engram.sweep.spec import Part
+from engram.sweep.views.head import NONE, divergence, head, lost_runs, summaries
 from engram.sweep.views.points import Points
-from engram.sweep.views.reference import difference_from, reference_point
-from engram.sweep.views.words import interval, signed
+from engram.sweep.views.reference import difference_from, is_same, reference_point
+from engram.sweep.words import interval, signed
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,19 @@ class Bar:
     label: str
     reference: str
     difference: Difference | None
-    # The paper's difference for a change of that name, at its scale.
+    # The paper's difference for the variant of that name, at its scale, where the part asks for it.
     paper: float | None
+    # Runs of the point and of its reference.
+    diverged: int
+    reference_diverged: int
+
+    @property
+    def resolved(self) -> bool:
+        """A point whose runs diverged is not better than others, whatever its other seeds did."""
+        found = self.difference
+        if found is None or not found.resolved:
+            return False
+        return not (self.diverged if found.mean < 0 else self.reference_diverged)
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Bars:
             return "no finished run beside its reference yet"
         if all(difference.n < 2 for _, difference in self.measured):
             return f"one seed: no difference from {self.reference} is resolved"
-        resolved = [(bar, difference) for bar, difference in self.measured if difference.resolved]
+        resolved = [(bar, difference) for bar, difference in self.measured if bar.resolved]
         if not resolved:
             return f"none of {len(self.measured)} differences from {self.reference} is resolved"
         bar, largest = max(resolved, key=lambda pair: abs(pair[1].mean))
@@ -57,19 +69,18 @@ class Bars:
 
     @property
     def findings(self) -> list[str]:
-        return [self.says]
+        return [self.says, *divergence(self.points)]
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "view": "bars",
-            "runs": self.points.finished,
-            "of": self.points.loss.size,
-            "findings": self.findings,
+            **head("bars", self.points, self.findings),
             "bars": [
                 {
                     "label": bar.label,
                     "reference": bar.reference,
                     "difference": bar.difference.as_dict() if bar.difference else None,
+                    "resolved": bar.resolved,
+                    "diverged": bar.diverged,
                     "paper": bar.paper,
                 }
                 for bar in self.bars
@@ -77,35 +88,50 @@ class Bars:
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """A row for each bar."""
+        """A row for each bar; its own losses, and its difference over the seeds that its reference has as well."""
+        by_label = {summary.label: summary for summary in summaries(self.points)}
+        papers = any(bar.paper is not None for bar in self.bars)
         rows = [
             [
                 bar.label,
-                interval(found) if found else "–",
+                summary.says,
+                interval(found) if found else NONE,
                 str(found.n) if found else "0",
-                ("yes" if found.resolved else "no") if found else "–",
-                signed(bar.paper) if bar.paper is not None else "–",
+                ("yes" if bar.resolved else "no") if found else NONE,
+                *([signed(bar.paper) if bar.paper is not None else NONE] if papers else []),
             ]
-            for bar, found in ((bar, bar.difference) for bar in self.bars)
+            for bar, found, summary in ((bar, bar.difference, by_label[bar.label]) for bar in self.bars)
         ]
-        return ["", f"difference from {self.reference}", "seeds", "resolved", "paper"], rows
+        header = ["", "mean ± sd (seeds)", f"difference from {self.reference}", "pairs", "resolved"]
+        return [*header, *(["paper"] if papers else [])], rows
 
     def warnings(self) -> list[str]:
         few = sorted({difference.n for _, difference in self.measured if difference.n < 3})
         notes = [f"differences of {few[0]} seed{'s' if few[0] > 1 else ''}"] if few else []
-        return [*notes, *([self.points.count] if self.points.finished < self.points.loss.size else [])]
+        return [
+            *lost_runs(self.points),
+            *notes,
+            *([self.points.count] if self.points.finished < self.points.loss.size else []),
+        ]
 
 
 def bars_view(name: str, part: Part, everything: Mapping[str, Points]) -> Bars:
     """A bar for each point but the references themselves, in the order of the file."""
-    points = everything[name]
+    points, reported = everything[name], paper.ablations() if part.paper else {}
     bars = []
     for index in range(len(points.rows)):
         held = reference_point(part, name, index, everything)
-        if held is None or (held[0] is points and held[1] == index):
+        if held is None or is_same(points, index, *held):
             continue
-        label = points.label(index)
+        label, (other, at) = points.label(index), held
         bars.append(
-            Bar(label, held[0].label(held[1]), difference_from(points, index, *held), paper.ablations().get(label))
+            Bar(
+                label=label,
+                reference=other.label(at),
+                difference=difference_from(points, index, other, at),
+                paper=reported.get(label),
+                diverged=points.diverged[index],
+                reference_diverged=other.diverged[at],
+            )
         )
     return Bars(name, points, tuple(bars))

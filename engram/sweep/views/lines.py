@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from engram.sweep import paper
 from engram.sweep.paired import Difference
+from engram.sweep.simultaneous import tied_with
 from engram.sweep.spec import Part
+from engram.sweep.views.head import NONE, divergence, head, lost_runs, named, summaries
 from engram.sweep.views.points import Losses, Points
-from engram.sweep.views.reference import difference_from, reference_point
-from engram.sweep.views.words import compared, listed
+from engram.sweep.views.reference import difference_from, is_same, reference_point
+from engram.sweep.words import compared, listed
 
 # Lines further apart than this many times their own range are no competitors: each is read on its own.
 _APART = 3.0
@@ -31,11 +34,13 @@ class Contest:
     """Lines that lie near each other, and the best of all their points."""
 
     lines: tuple[Line, ...]
-    # The point of the lowest mean, those whose difference from it is not resolved, and the best minus the reference.
+    # The point of the lowest mean, and those that are not resolved from it, all compared at once.
     best: str
     tied: tuple[str, ...]
+    # The best minus the reference; None without one, and where the reference itself is the best.
     gain: Difference | None
     reference: str | None
+    is_reference: bool
     seeds: int
     # Points with a finished run.
     finished: int
@@ -47,9 +52,13 @@ class Contest:
         text = f"lowest at {self.best}"
         if self.gain is not None and self.reference is not None:
             text += f", {compared(self.gain, self.reference)}"
+        elif self.is_reference:
+            text += ", the reference itself"
         if self.seeds < 2:
             return text if self.gain else f"{text} (one seed: not resolved)"
-        return f"{text}; not resolved from {listed(self.tied)}" if self.tied else text
+        return (
+            f"{text}; {f'not resolved from {listed(self.tied)}' if self.tied else 'measurably lower than all others'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -65,19 +74,18 @@ class Lines:
     # The reference that all lines share, by name, and its losses by the points' seeds.
     reference: str | None
     baseline: Losses | None
+    # Layer and loss of the paper's sweep, where the part asks for it.
+    paper: paper.Curve | None
 
     @property
     def findings(self) -> list[str]:
-        if len(self.contests) == 1:
-            return [self.contests[0].says]
-        return [f"{contest.lines[0].name}: {contest.says}" for contest in self.contests]
+        alone = len(self.contests) == 1
+        says = [contest.says if alone else named(contest.lines[0].name, contest.says) for contest in self.contests]
+        return [*says, *divergence(self.points)]
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "view": "lines",
-            "runs": self.points.finished,
-            "of": self.points.loss.size,
-            "findings": self.findings,
+            **head("lines", self.points, self.findings),
             "axis": self.axis,
             "reference": self.reference,
             "contests": [
@@ -92,22 +100,22 @@ class Lines:
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Means over seeds: a row for each line, a column for each value of the axis."""
+        """Mean, sd and number of seeds: a row for each line, a column for each value of the axis."""
         ticks = list(dict.fromkeys(tick for contest in self.contests for line in contest.lines for tick in line.ticks))
         rows = []
         for line in (line for contest in self.contests for line in contest.lines):
-            means = {
-                tick: f"{np.nanmean(losses):.4f}"
-                for tick, losses in zip(line.ticks, line.points.loss, strict=True)
-                if np.isfinite(losses).any()
-            }
-            rows.append([line.name or "loss", *(means.get(tick, "–") for tick in ticks)])
+            cells = dict(zip(line.ticks, (summary.says for summary in summaries(line.points)), strict=True))
+            rows.append([line.name or "mean ± sd (seeds)", *(cells.get(tick, NONE) for tick in ticks)])
         return [self.axis, *ticks], rows
 
     def warnings(self) -> list[str]:
         few = min((contest.seeds for contest in self.contests), default=0)
         notes = [f"{few} seed{'s' if few > 1 else ''}"] if 0 < few < 3 else []
-        return [*notes, *([self.points.count] if self.points.finished < self.points.loss.size else [])]
+        return [
+            *lost_runs(self.points),
+            *notes,
+            *([self.points.count] if self.points.finished < self.points.loss.size else []),
+        ]
 
 
 def lines_view(name: str, part: Part, everything: Mapping[str, Points]) -> Lines:
@@ -127,6 +135,7 @@ def lines_view(name: str, part: Part, everything: Mapping[str, Points]) -> Lines
         contests=tuple(_contest(group, held) for group in groups),
         reference=held[0].label(held[1]) if held else None,
         baseline=held[0].by_seed(held[1], points.seeds) if held else None,
+        paper=paper.layers() if part.paper else None,
     )
 
 
@@ -154,13 +163,15 @@ def _contest(lines: Sequence[Line], held: tuple[Points, int] | None) -> Contest:
     )
     labels = [f"{tick} ({line.name})" if len(lines) > 1 else tick for line in lines for tick in line.ticks]
     best = whole.lowest()
-    others = {label: difference_from(whole, index, whole, best) for index, label in enumerate(labels) if index != best}
+    same = [index for index in range(len(labels)) if held and is_same(whole, index, *held)]
     return Contest(
         lines=tuple(lines),
         best=labels[best],
-        tied=tuple(label for label, difference in others.items() if difference and not difference.resolved),
-        gain=difference_from(whole, best, *held) if held else None,
+        # What lies between the best and the reference is said by their own difference.
+        tied=tuple(labels[index] for index in tied_with(whole.loss, best) if index not in same),
+        gain=difference_from(whole, best, *held) if held and best not in same else None,
         reference=held[0].label(held[1]) if held else None,
+        is_reference=best in same,
         seeds=int(np.isfinite(whole.loss).any(axis=0).sum()),
         finished=int(np.isfinite(whole.loss).any(axis=1).sum()),
     )
@@ -169,7 +180,8 @@ def _contest(lines: Sequence[Line], held: tuple[Points, int] | None) -> Contest:
 def _far_apart(lines: Sequence[Line]) -> bool:
     if len(lines) < 2:
         return False
-    ranges = [(np.nanmin(line.points.loss), np.nanmax(line.points.loss)) for line in lines]
+    losses = [line.points.loss[np.isfinite(line.points.loss)] for line in lines]
+    ranges = [(finite.min(), finite.max()) for finite in losses]
     whole = max(high for _, high in ranges) - min(low for low, _ in ranges)
     return bool(whole > _APART * max(high - low for low, high in ranges))
 

@@ -1,5 +1,6 @@
 """Rows of a table as losses of points and seeds, which is what intervals are made of."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ Losses = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Points:
-    """`loss[n, s]` of point n and seed s, nats per token; NaN where there is no finished run."""
+    """`loss[n, s]` of point n and seed s, nats per token; NaN where no run is finished, infinite where it diverged."""
 
     axes: tuple[str, ...]
     # The first row of each point: what it is and what it counts, which is the same for all seeds.
@@ -30,6 +31,11 @@ class Points:
     def count(self) -> str:
         """`23 of 27 runs`."""
         return f"{self.finished} of {self.loss.size} runs"
+
+    @property
+    def diverged(self) -> tuple[int, ...]:
+        """How many runs of each point diverged."""
+        return tuple(int(count) for count in np.isinf(self.loss).sum(axis=1))
 
     def column(self, name: str) -> list[Any]:
         """A fixed column, by point."""
@@ -73,8 +79,13 @@ class Points:
         return np.array([held.get(seed, np.nan) for seed in seeds], dtype=float)
 
     def lowest(self) -> int:
-        """Position of the point with the lowest mean over the seeds that most points have; one run is needed."""
-        complete = self.complete()
+        """Position of the point with the lowest mean over the seeds that most points have; one run is needed.
+
+        Points of which a run diverged come last: those of their seeds that went well are no sample of all.
+        """
+        steady = [index for index, count in enumerate(self.diverged) if not count]
+        whole = self.take(steady)
+        complete = (whole if whole.finished else self).complete()
         row = complete.rows[int(np.argmin(complete.loss.mean(axis=1)))]
         return next(index for index, candidate in enumerate(self.rows) if candidate is row)
 
@@ -103,8 +114,9 @@ def points(rows: Iterable[Row], part: str, axes: Iterable[str]) -> Points:
             continue
         point = tuple(row.get(axis_column(axis)) for axis in axes)
         first.setdefault(point, row)
+        absent = math.inf if row["status"] == "failed" else math.nan
         loss = row["val_loss"]
-        found.setdefault(point, {})[row["seed"]] = float("nan") if loss is None else loss
+        found.setdefault(point, {})[row["seed"]] = absent if loss is None else loss
     seeds = tuple(dict.fromkeys(seed for losses in found.values() for seed in losses))
     loss = np.array([[losses.get(seed, np.nan) for seed in seeds] for losses in found.values()], dtype=float)
     return Points(axes, tuple(first.values()), seeds, loss.reshape(len(first), len(seeds)))

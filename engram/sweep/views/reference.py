@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from engram.sweep.paired import Difference, paired_difference
 from engram.sweep.spec import Part, SweepError
 from engram.sweep.views.points import Points
@@ -36,7 +34,12 @@ def reference_point(part: Part, name: str, index: int, everything: Mapping[str, 
     return None if found is None else (held, found)
 
 
+def is_same(points: Points, index: int, other: Points, other_index: int) -> bool:
+    """Whether both are one point, or points of two parts that ask for the same runs."""
+    own, theirs = points.rows[index], other.rows[other_index]
+    return own is theirs or own["run_id"] == theirs["run_id"]
+
+
 def difference_from(points: Points, index: int, other: Points, other_index: int) -> Difference | None:
     """Point minus reference over the seeds that both have; None where there are none."""
-    own, theirs = points.loss[index], other.by_seed(other_index, points.seeds)
-    return paired_difference(own, theirs) if np.isfinite(own - theirs).any() else None
+    return paired_difference(points.loss[index], other.by_seed(other_index, points.seeds))

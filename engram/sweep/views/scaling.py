@@ -1,6 +1,6 @@
 """Loss against the rows of n-gram tables: how much more memory buys, and what kind of law it follows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,21 +9,14 @@ import numpy as np
 from engram.sweep import paper
 from engram.sweep.memory_scaling import Offset, Scaling, fit_scaling, offset
 from engram.sweep.paired import Difference, paired_difference
+from engram.sweep.spec import Part
+from engram.sweep.views.head import NONE, curve_head, divergence, head, lost_runs, named, side_by_side
 from engram.sweep.views.points import Losses, Points
-from engram.sweep.views.words import compared, interval, signed
+from engram.sweep.words import compared, interval, signed
 
 AXIS = "rows"
 # A law needs as many sizes.
 _FEWEST = 3
-# Of the table of a part; differences and errors in nats per token.
-_ROWS = (
-    "runs",
-    "largest minus no table",
-    "ten times the rows",
-    "error at left-out points, straight line",
-    "error at left-out points, power law",
-    "better law",
-)
 
 
 @dataclass(frozen=True)
@@ -38,12 +31,6 @@ class Growth:
     # The largest finished size minus the model without tables.
     gain: Difference | None
 
-    @property
-    def law(self) -> str:
-        """The law to draw first."""
-        power = self.scaling is not None and self.scaling.preferred == "power law"
-        return "power law" if power else "log-linear"
-
     def laws(self, rows: Losses) -> dict[str, Losses]:
         """Predictions of both laws."""
         if self.scaling is None:
@@ -54,6 +41,12 @@ class Growth:
         }
 
     @property
+    def falls(self) -> bool:
+        """Whether the seeds say that the slope is not zero."""
+        found = self.scaling.per_decade_interval if self.scaling else None
+        return found is not None and not found[0] <= 0 <= found[1]
+
+    @property
     def slope(self) -> str:
         """`−0.041 nat per decade of rows (−0.045 to −0.037)`."""
         if self.scaling is None:
@@ -61,7 +54,7 @@ class Growth:
         text, found = f"{signed(-self.scaling.per_decade)} nat per decade", self.scaling.per_decade_interval
         if found is None:
             return f"{text} (one seed)"
-        resolved = "" if not found[0] <= 0 <= found[1] else "not resolved: "
+        resolved = "" if self.falls else "not resolved: "
         return f"{text} ({resolved}{signed(-found[1])} to {signed(-found[0])})"
 
     @property
@@ -81,36 +74,39 @@ class ScalingView:
     baseline: Losses | None
     # Each further kind of table against the first.
     offsets: tuple[tuple[str, Offset], ...]
+    # The paper's curves and the loss of its model without tables, where the part asks for them.
+    paper: tuple[tuple[Growth, ...], float] | None
 
     @property
     def findings(self) -> list[str]:
-        named = [f"{curve.name}: {curve.says}" if curve.name else curve.says for curve in self.curves]
-        return [*named, *(self._apart(name, found) for name, found in self.offsets)]
+        apart = [self._apart(name, found) for name, found in self.offsets]
+        return [*(named(curve.name, curve.says) for curve in self.curves), *apart, *divergence(self.points)]
 
     @property
     def title(self) -> str:
         """The finding in a few lines."""
-        return "; ".join(f"{curve.name}: {curve.slope}" if curve.name else curve.slope for curve in self.curves)
+        return "; ".join(named(curve.name, curve.slope) for curve in self.curves)
 
     def _apart(self, name: str, found: Offset) -> str:
-        text = f"{name} lies {signed(found.loss)} nat from {self.curves[0].name} at {found.at:,.0f} rows"
+        first, side = self.curves[0].name, "above" if found.loss > 0 else "below"
+        text = f"at {found.at:,.0f} rows, {name} lies {abs(found.loss):.3f} nat {side} {first}"
         if found.loss_interval is None:
             return f"{text} (no interval)"
         low, high = found.loss_interval
-        return f"{text} ({'not resolved: ' if low <= 0 <= high else ''}{signed(low)} to {signed(high)})"
+        if low <= 0 <= high:
+            return f"{text} (not resolved: {_ends(low, high)})"
+        text += f" ({_ends(low, high)})"
+        if found.rows_factor is None or found.rows_factor_interval is None:
+            return text
+        low, high = found.rows_factor_interval
+        return f"{text}: it needs {found.rows_factor:.2g} times the rows for the same loss ({low:.2g} to {high:.2g})"
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "view": "scaling",
-            "runs": self.points.finished,
-            "of": self.points.loss.size,
-            "findings": self.findings,
+            **head("scaling", self.points, self.findings),
             "curves": [
                 {
-                    "name": curve.name,
-                    "runs": curve.points.finished,
-                    "of": curve.points.loss.size,
-                    "says": curve.says,
+                    **curve_head(curve.name, curve.points, curve.says),
                     "fit": curve.scaling.as_dict() if curve.scaling else None,
                     "largest_from_baseline": curve.gain.as_dict() if curve.gain else None,
                 }
@@ -120,28 +116,31 @@ class ScalingView:
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """A column for each kind of table."""
-        columns = [_cells(curve) for curve in self.curves]
-        return ["", *(curve.name or "loss" for curve in self.curves)], [
-            list(row) for row in zip(_ROWS, *columns, strict=True)
-        ]
+        """A column for each kind of table; differences and errors in nats per token."""
+        return side_by_side({curve.name: _cells(curve) for curve in self.curves})
 
     def warnings(self) -> list[str]:
-        return [
-            f"{curve.name}: {note}" if curve.name else note
-            for curve in self.curves
-            for note in (curve.scaling.warnings if curve.scaling else (curve.slope,))
-        ]
+        notes = [(curve.name, curve.scaling.warnings if curve.scaling else (curve.slope,)) for curve in self.curves]
+        notes += [(name, found.warnings) for name, found in self.offsets]
+        return [*lost_runs(self.points), *(named(name, note) for name, several in notes for note in several)]
 
     def tiles(self) -> Iterator[tuple[str, str]]:
         for curve in self.curves[:1]:
-            if curve.scaling is not None:
-                label = "nat for ten times the rows" + (f", {curve.name}" if curve.name else "")
-                yield signed(-curve.scaling.per_decade), label
+            found = curve.scaling
+            if found is None:
+                continue
+            after = f", {curve.name}" if curve.name else ""
+            if not curve.falls or found.per_decade_interval is None:
+                yield "not resolved", f"what ten times the rows change{after}"
+            else:
+                low, high = found.per_decade_interval
+                yield f"{signed(-found.per_decade)} nat", f"for ten times the rows{after} ({_ends(-high, -low)})"
+            yield found.preferred, f"law of the loss over rows{after}"
 
 
-def scaling_view(name: str, points: Points) -> ScalingView:
+def scaling_view(name: str, part: Part, everything: Mapping[str, Points]) -> ScalingView:
     """All axes but `rows` tell kinds of tables apart; the points of 0 rows are the model without tables."""
+    points = everything[name]
     empty = [index for index, rows in enumerate(points.column("rows")) if rows == 0]
     found = [points.loss[index] for index in empty if np.isfinite(points.loss[index]).any()]
     baseline = found[0] if found else None
@@ -149,7 +148,7 @@ def scaling_view(name: str, points: Points) -> ScalingView:
     first = curves[0].scaling if curves else None
     pairs = [(curve.name, curve.scaling) for curve in curves[1:] if curve.scaling]
     offsets = tuple((label, offset(first, scaling)) for label, scaling in pairs) if first else ()
-    return ScalingView(name, points, curves, baseline, offsets)
+    return ScalingView(name, points, curves, baseline, offsets, paper_growth() if part.paper else None)
 
 
 def paper_growth() -> tuple[tuple[Growth, ...], float]:
@@ -169,18 +168,34 @@ def _growth(name: str, points: Points, baseline: Losses | None) -> Growth:
     finished = np.flatnonzero(np.isfinite(points.loss).any(axis=1))
     gain = None
     if len(finished) and baseline is not None:
-        largest = points.loss[finished[-1]]
-        gain = paired_difference(largest, baseline) if np.isfinite(largest - baseline).any() else None
+        gain = paired_difference(points.loss[finished[-1]], baseline)
     sizes = points.column("rows")
     enough = len({sizes[index] for index in finished}) >= _FEWEST
     return Growth(name, points, tuple(sizes), fit_scaling(sizes, points.loss) if enough else None, gain)
 
 
-def _cells(curve: Growth) -> list[str]:
-    found, runs = curve.scaling, curve.points.count.removesuffix(" runs")
-    gain = interval(curve.gain) if curve.gain else "–"
+def _cells(curve: Growth) -> dict[str, str]:
+    """By the names of the table's rows."""
+    found = curve.scaling
+    lost = [f"{rows:,} ({count})" for rows, count in zip(curve.rows, curve.points.diverged, strict=True) if count]
+    cells = {
+        "runs": curve.points.count.removesuffix(" runs"),
+        "diverged at": ", ".join(lost) or "none",
+        "largest minus no table": interval(curve.gain) if curve.gain else NONE,
+    }
     if found is None:
-        return [runs, gain, *["–"] * (len(_ROWS) - 2)]
-    errors = (found.log_linear.left_out, found.power_law.left_out)
-    shown = ["–" if error is None else f"{error:.4f}" for error in errors]
-    return [runs, gain, curve.slope.replace(" nat per decade", ""), *shown, found.preferred]
+        return cells
+    errors = {"straight line": found.log_linear.left_out, "power law": found.power_law.left_out}
+    return {
+        **cells,
+        "ten times the rows": curve.slope.replace(" nat per decade", ""),
+        **{
+            f"error at left-out points, {law}": NONE if error is None else f"{error:.4f}"
+            for law, error in errors.items()
+        },
+        "better law": found.preferred,
+    }
+
+
+def _ends(low: float, high: float) -> str:
+    return f"{signed(low)} to {signed(high)}"

@@ -29,8 +29,8 @@ class Spread:
 
 def spread(loss: Losses, level: float = LEVEL) -> Spread:
     """Of `loss[n, s]`: the least-squares levels of seeds are taken away, which sum to zero."""
-    shifted = loss - seed_levels(loss)
-    finite = np.isfinite(shifted)
+    finite = np.isfinite(loss)
+    shifted = np.where(finite, loss - seed_levels(loss), np.nan)
     count = finite.sum(axis=1)
     total = np.where(finite, shifted, 0).sum(axis=1)
     mean = np.divide(total, count, out=np.full(len(loss), np.nan), where=count > 0)

@@ -7,9 +7,9 @@ from engram.sweep.paired import Difference
 _NAMED = 3
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 3) -> str:
     """`+0.021`, with a minus as typesetters have it, and none before 0.000."""
-    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def interval(difference: Difference) -> str:
