@@ -1,4 +1,4 @@
-"""Where documents come from: corpora known by name, and the user's own files.
+"""Where documents come from: corpora known by name, the user's own files, and worlds of invented facts.
 
 A corpus is opened (which may download a package) and then read, document by document. `large` stands for a list of
 others.
@@ -13,11 +13,12 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from engram.config import SourceConfig
+from engram.config import SourceConfig, WorldConfig
 from engram.data.documents import Document
 from engram.data.errors import DataError
 from engram.data.local_files import find_files, read_files
 from engram.data.progress import Progress
+from engram.data.world import build_world, documents
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def open_sources(config: SourceConfig, cache: Path, progress: Progress) -> list[
     if config.path is not None:
         files, text_key = find_files(config.path), config.text_key
         return [Source(config.path, "your own files", config.path, lambda: read_files(files, text_key))]
+    if config.world is not None:
+        return [_world_source(config.world)]
     corpora = known_corpora()
     names = LARGE if config.name == "large" else (str(config.name),)
     for name in names:
@@ -68,6 +71,14 @@ def open_sources(config: SourceConfig, cache: Path, progress: Progress) -> list[
                 "python -m engram.data list shows all; your own files go under path"
             )
     return [corpora[name].open(cache, progress) for name in names]
+
+
+def _world_source(config: WorldConfig) -> Source:
+    def read() -> Iterator[Document]:
+        for number, text in enumerate(documents(build_world(config))):
+            yield Document(text, {"origin": f"world: document {number}"})
+
+    return Source("world", "invented by this package", f"world {config.version}, seed {config.seed}", read)
 
 
 def _open_sotu(cache: Path, progress: Progress) -> Source:

@@ -51,7 +51,7 @@ class RunState:
             "optimizer": self.optimizer.scalars(),
             "rng": random_state.capture(),
             "hash_recipe": hash_recipe(self.model),
-            **self._identity(),
+            **self.identity(),
             "environment": environment(self.device),
         }
         files = {"model": self.model.state_dict(), "optim": self.optimizer.tensors(), **tensors}
@@ -71,7 +71,7 @@ class RunState:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        for part, digest in self._identity().items():
+        for part, digest in self.identity().items():
             if state[part] != digest:
                 raise CheckpointError(
                     f"{checkpoint.folder / 'state.json'}: {part} was {state[part][:12]}..., but data.path "
@@ -88,7 +88,8 @@ class RunState:
         random_state.restore(state["rng"])
         self._warn_of_differences(state["environment"])
 
-    def _identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str]:
+        """Digests of tokenizer and training documents, which a checkpoint is bound to."""
         training = self.data.training.manifest.splits["train"]
         return {"tokenizer_digest": self.data.tokenizer.digest, "data_digest": training.digest}
 

@@ -23,6 +23,7 @@ from engram.training.checkpoint_files import write_folder
 from engram.training.clock import Clock
 from engram.training.console import LOG_FILE_ONLY, RunConsole
 from engram.training.files import write_atomically
+from engram.training.initial import start_from
 from engram.training.metrics import MetricsFile, read_metrics
 from engram.training.run_folder import RunFolder, RunFolderError
 from engram.training.setup import build_model, configure_process, environment, open_data
@@ -90,10 +91,10 @@ class Trainer:
             logger.info("removed %s, which a killed process left unfinished", name)
         self.state = self._build()
         stack.callback(self.state.loader.close)
-        self._resume()
+        origin = self._begin()
         # Says now, not at the first evaluation, if the validation split is too small.
         self._validation_batches()
-        run_id = self.folder.start(environment(self.state.device))
+        run_id = self.folder.start({**environment(self.state.device), **self.state.identity(), **origin})
         self._record_parameters()
         self.metrics = stack.enter_context(MetricsFile(self.folder.path / "metrics.jsonl", self.state.step))
         self.tracker = Tracker(self.config, self.folder.path, run_id)
@@ -125,13 +126,19 @@ class Trainer:
         )
         return RunState(config, data, device, model, optimizer, loader)
 
-    def _resume(self) -> None:
+    def _begin(self) -> dict[str, Any]:
+        """Go on from the run's latest checkpoint, or start; -> what is worth knowing of where the weights come from."""
         for change in self.folder.rounding_changes:
             logger.warning("%s: from here on the run is not to the bit the one that was started", change)
         saved = latest_checkpoint(self.folder.path)
         if saved is not None:
             self.state.restore(open_checkpoint(saved))
             logger.info("going on from %s", saved)
+        elif (given := self.config.train.init_from) is not None:
+            origin = start_from(given, self.config, self.state.model, self.state.data.tokenizer.digest)
+            logger.info("starting from the weights of %s, step %d", origin["checkpoint"], origin["step"])
+            return {"init_from": origin}
+        return {}
 
     def _loop(self, stop: StopRequest) -> Exit:
         state, train = self.state, self.config.train
@@ -248,7 +255,13 @@ class Trainer:
 
     def _finish(self) -> None:
         state = self.state
-        last = read_metrics(self.folder.path / "metrics.jsonl")[-1]
+        path = self.folder.path / "metrics.jsonl"
+        last = (read_metrics(path) or [{}])[-1]
+        if last.get("step") != state.step:
+            raise RunFolderError(
+                f"{path}: does not hold step {state.step}, the last one: the folder was removed or changed while the "
+                "run was trained; remove what is left of it, and the same command trains the run anew"
+            )
         summary = {key: last.get(key) for key in ("step", "tokens", "loss", "val_loss")}
         summary |= {
             "best_val_loss": state.best_val_loss if state.best_step else None,

@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,8 @@ from engram.data.loader import Loader, validation_batches
 from engram.data.shards import Dataset
 from engram.model.evaluation import validation_loss
 from engram.model.transformer import Transformer
-from engram.training import checkpoint_files
-from engram.training.checkpoint import load_model
+from engram.training import checkpoint_files, trainer
+from engram.training.checkpoint import load_model, save_checkpoint
 from engram.training.checkpoint_files import step_folders
 from engram.training.run_folder import RunFolderError
 from engram.training.trainer import Exit, Trainer
@@ -58,6 +60,9 @@ def test_a_finished_run(make_config: MakeConfig, caplog: pytest.LogCaptureFixtur
     assert "memory.embed.weight" in (run_dir / "parameters.txt").read_text()
     code = json.loads((run_dir / "code.json").read_text())["starts"][0]
     assert code["threads"] == 1 and code["device"] == "cpu"
+    manifest = json.loads((Path(config.data.path) / "manifest.json").read_text())
+    assert code["data_digest"] == manifest["splits"]["train"]["digest"]
+    assert code["tokenizer_digest"] == manifest["tokenizer"]["digest"]
     assert f"step 4/9  loss {lines[3]['loss']:.4f}  val {lines[3]['val_loss']:.4f}" in (run_dir / "log.txt").read_text()
     # The reported loss is that of the saved model.
     model = load_model(run_dir)
@@ -68,6 +73,23 @@ def test_a_finished_run(make_config: MakeConfig, caplog: pytest.LogCaptureFixtur
     assert "is finished after step 9: nothing to do (another run needs another run_dir)" in after
     with pytest.raises(RunFolderError, match="train.steps: 9 -> 12"):
         Trainer(make_config(train={"steps": 12})).fit()
+
+
+def test_a_folder_that_vanishes_before_the_last_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+
+    def save(folder: Path, step: int, *arguments: Any) -> None:
+        if step == config.train.steps:
+            shutil.rmtree(folder)
+            folder.mkdir()
+        save_checkpoint(folder, step, *arguments)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: does not hold step 9.* trains the run anew"):
+        Trainer(config).fit()
+    assert not (Path(config.run_dir) / "done.json").exists()
 
 
 def test_lines_appear_as_often_as_asked(make_config: MakeConfig) -> None:
