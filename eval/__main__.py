@@ -1,4 +1,4 @@
-"""`python -m eval TASK ...`: judge trained models and look inside them.
+"""`python -m eval TASK ...`: judge trained models and look inside them. `python -m eval SUITE.yaml ...` runs many.
 
 Exit status: 0 done, 2 wrong input (one message), 130 interrupted.
 """
@@ -10,13 +10,51 @@ from collections.abc import Sequence
 
 # torch is imported by the task that needs it: --help answers at once.
 from engram.config import UserError
-from eval.commands import gates, generate, ngram, perplexity, report
+from eval.commands import (
+    add_data,
+    cka,
+    depth,
+    facts,
+    gates,
+    generate,
+    logit_lens,
+    long_ppl,
+    match,
+    ngram,
+    perplexity,
+    report,
+    ruler,
+    sensitivity,
+    suite,
+    verify_data,
+)
 
-TASKS = {"report": report, "perplexity": perplexity, "generate": generate, "gates": gates, "ngram": ngram}
+TASKS = {
+    "report": report,
+    "suite": suite,
+    "perplexity": perplexity,
+    "generate": generate,
+    "facts": facts,
+    "gates": gates,
+    "sensitivity": sensitivity,
+    "logit_lens": logit_lens,
+    "depth": depth,
+    "cka": cka,
+    "ruler": ruler,
+    "long_ppl": long_ppl,
+    "match": match,
+    "ngram": ngram,
+    "verify-data": verify_data,
+    "add-data": add_data,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0].endswith((".yaml", ".yml")):
+        # `python -m eval configs/eval/tiny.yaml --checkpoint DIR ...`
+        given.insert(0, "suite")
+    options = _parser().parse_args(given)
     try:
         options.run(options)
         sys.stdout.flush()

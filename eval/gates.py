@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.config import UserError
 from engram.data.tokenizer import REPLACEMENT, Tokenizer
 from engram.model.transformer import Transformer
 from engram.report.heat import heat_rows, heat_scale
+from eval.gate_reading import read_gates
 
 CAPTION = (
     "Background: the gate, from 0 (closed) to 1 (the memory's value is added whole). A token's colour is about "
@@ -57,43 +57,13 @@ class Gates:
         return heat_rows(labels, self.tokens, values, titles) + heat_scale()
 
 
-@torch.inference_mode()
 def measure(model: Transformer, ids: Sequence[int], tokens: Sequence[str]) -> Gates:
     """Run `ids` through the model and read its gates; `tokens` are their texts.
 
     Raises UserError: no ids, or a model without memory or with an ungated one.
     """
-    if model.config.memory is None or model.config.memory.gate is None:
-        raise UserError("this model has no gates: model.memory is null, or model.memory.gate is")
-    if not ids:
-        raise UserError("the text is empty: gates need at least one token")
-    gates: dict[int, Tensor] = {}
-    relative: dict[int, Tensor] = {}
-    handles = []
-    for layer in model.config.memory.layer_ids:
-        memory = model.get_submodule(f"blocks.{layer}.memory")
-
-        def read(module: Any, inputs: tuple[Tensor, Tensor], output: Tensor, layer: int = layer) -> None:
-            gates[layer] = module.gates(*inputs)[0].float().cpu()
-            added, stream = output[0].float().norm(dim=-1), inputs[0][0].float().norm(dim=-1)
-            relative[layer] = (added / stream.clamp(min=1e-12)).cpu()
-
-        handles.append(memory.register_forward_hook(read))
-    was_training = model.training
-    model.eval()
-    try:
-        model.hidden(torch.tensor([list(ids)], device=model.head.weight.device))
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    layers = sorted(gates)
-    return Gates(
-        list(tokens),
-        layers,
-        torch.stack([gates[layer] for layer in layers]),
-        torch.stack([relative[layer] for layer in layers]),
-    )
+    found = read_gates(model, [ids])
+    return Gates(list(tokens), found.layers, torch.from_numpy(found.gate_LNG), torch.from_numpy(found.relative_LNG))
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -33,10 +33,16 @@ def padded_batches(
     while start < len(order):
         width = len(rows[order[start]])
         indices = order[start : start + max(1, max_tokens // max(1, width))]
-        tokens_BT = torch.full((len(indices), width), pad_id, dtype=torch.int64)
-        real_BT = torch.zeros(len(indices), width, dtype=torch.bool)
-        for place, index in enumerate(indices):
-            tokens_BT[place, : len(rows[index])] = torch.tensor(rows[index], dtype=torch.int64)
-            real_BT[place, : len(rows[index])] = True
-        yield PaddedBatch(indices, tokens_BT.to(device), real_BT.to(device))
+        chosen = [rows[index] for index in indices]
+        lengths_B1 = torch.tensor([[len(row)] for row in chosen])
+        real_BT = torch.arange(width) < lengths_B1
+        yield PaddedBatch(indices, pad_right(chosen, device, pad_id), real_BT.to(device))
         start += len(indices)
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", pad_id: int = 0) -> Tensor:
+    """The rows as int64 [B, T], T the longest row's tokens."""
+    tokens_BT = torch.full((len(rows), max(map(len, rows))), pad_id, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        tokens_BT[place, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return tokens_BT.to(device)

@@ -72,3 +72,11 @@ def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
+
+
+def write_tidy(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One Parquet table in which every row tells on its own what was measured, on what, and with which code."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path)

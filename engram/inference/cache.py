@@ -1,7 +1,8 @@
 """What a model must remember of the tokens so far: MLA latents, the n-grams' last tokens, the convolution's window.
 
 Per token and layer one latent and one rotated key, whatever the number of heads (DeepSeek-V2, section 2.1). Feeding
-tokens one at a time, or in parts of any size, gives the same logits as one forward pass up to rounding.
+tokens one at a time, or in parts of any size, gives the same logits as one forward pass up to rounding. What several
+texts begin with is fed once: `branch` continues it in as many ways as are wanted.
 
 Legend: B batch, T new tokens, S tokens so far with the new ones, D hidden, G streams, H heads, N / R query-key
 dimensions without / with rotation, P = R / 2, L latent, E = L + R, V value dimension.
@@ -49,11 +50,17 @@ class LatentCache:
         q_latent = torch.einsum("bthn,hnl->bthl", q_nope, up_HxL[:, :nope])
         q_BHTE = torch.cat((q_latent, apply_rope(q_rope, *rope)), dim=-1).transpose(1, 2)
         entries_BHSE = self._entries_BSE[:, None, :end].expand(-1, heads, -1, -1)
+        # Without a mask, either nothing came before or there is one new token, which looks at everything.
+        causal = mask_TS is None and x_BTD.shape[1] > 1
         sum_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, entries_BHSE, entries_BHSE, attn_mask=mask_TS, scale=attention.scale
+            q_BHTE, entries_BHSE, entries_BHSE, attn_mask=mask_TS, is_causal=causal, scale=attention.scale
         )
         out = torch.einsum("bhtl,hvl->bthv", sum_BHTE[..., : config.kv_lora_rank], up_HxL[:, nope:])
         return attention.o_proj(out.flatten(2))
+
+    def take(self, other: "LatentCache", rows_N: Tensor, length: int) -> None:
+        """Begin with the first `length` entries of another cache's rows."""
+        self._entries_BSE[:, :length] = other._entries_BSE[:, :length].index_select(0, rows_N)
 
 
 class MemoryWindow:
@@ -73,6 +80,11 @@ class MemoryWindow:
         if self._reach:
             self._past = x_BTGD[:, -self._reach :], hash_ids_BTH[:, -self._reach :]
         return self._memory(x_BTGD, hash_ids_BTH)[:, -new:]
+
+    def take(self, other: "MemoryWindow", rows_N: Tensor) -> None:
+        """Begin with what another window's rows hold."""
+        if other._past is not None:
+            self._past = other._past[0].index_select(0, rows_N), other._past[1].index_select(0, rows_N)
 
 
 class Decoder:
@@ -99,6 +111,25 @@ class Decoder:
 
     def feed(self, tokens_BT: Tensor) -> Tensor:
         """Logits after the last of the new tokens, float32 [B, vocabulary]."""
+        return self._model.unembed(self.advance(tokens_BT)[:, -1:]).squeeze(1)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Normalised states of the new tokens, [B, T, D]: what the head reads."""
+        return self._model.norm(self._model.merge(self.advance(tokens_BT)))
+
+    def branch(self, rows_N: Tensor, max_length: int) -> "Decoder":
+        """A decoder of its own that has been fed what the rows `rows_N` (int64, with repeats) have been fed so far."""
+        other = Decoder(self._model, len(rows_N), max_length)
+        other._tokens_BS = self._tokens_BS.index_select(0, rows_N)
+        for mine, taken in zip(other._latents, self._latents, strict=True):
+            mine.take(taken, rows_N, self.length)
+        for own, window in zip(other._windows, self._windows, strict=True):
+            if own is not None and window is not None:
+                own.take(window, rows_N)
+        return other
+
+    def advance(self, tokens_BT: Tensor) -> Tensor:
+        """The streams of the new tokens after the last block, [B, T, G, D]."""
         model, start, new = self._model, self.length, tokens_BT.shape[1]
         end = start + new
         assert end <= self._max_length, f"{end} tokens do not fit into a cache of {self._max_length}"
@@ -108,13 +139,13 @@ class Decoder:
         hash_ids = {layer: ids[:, -new:] for layer, ids in model.hash_ids(recent).items()}
         rope = self._cos_SP[start:end], self._sin_SP[start:end]
         mask_TS = None
-        if new > 1:
+        if start and new > 1:
             mask_TS = torch.ones(new, end, dtype=torch.bool, device=tokens_BT.device).tril(diagonal=start)
 
         x_BTGD = expand(model.embed_tokens(recent)[:, -new:], model.config.hc_mult)
         for layer, block in enumerate(self._blocks):
             x_BTGD = self._run(block, layer, x_BTGD, hash_ids.get(layer), start, rope, mask_TS)
-        return model.unembed(x_BTGD[:, -1:]).squeeze(1)
+        return x_BTGD
 
     def _run(
         self,

@@ -1,21 +1,36 @@
-"""`python -m eval gates`: heat map of the memory's gates over a text, as HTML and CSV."""
+"""`python -m eval gates`: the memory's gates over a text, or over documents with a score for every layer and stream."""
 
 import argparse
 from pathlib import Path
 
 from engram.config import UserError
-from eval.commands.options import add_checkpoint
+from eval.commands.options import add_checkpoint, count
 
-HELP = "heat map of the memory's gates over a text, as HTML and CSV"
+HELP = "the memory's gates: heat maps of a text or of documents, the long table, a score for each layer and stream"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
-    parser.add_argument("--text", required=True, metavar="TEXT")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.html")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", metavar="TEXT", help="heat map of this text; --out is FILE.html")
+    source.add_argument(
+        "--documents", type=count, metavar="N", help="the first N documents of a split; --out is a folder"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.html|DIR")
+    parser.add_argument("--data", metavar="DIR", help="prepared data; default: what the model was trained on")
+    parser.add_argument("--split", choices=("validation", "train"), default="validation")
+    parser.add_argument("--length", type=count, default=256, metavar="N", help="tokens of a document (default 256)")
+    parser.add_argument("--show", type=count, default=6, metavar="N", help="documents on the page (default 6)")
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.text is not None:
+        _text(options)
+    else:
+        _documents(options)
+
+
+def _text(options: argparse.Namespace) -> None:
     from engram.report.figure import to_csv
     from engram.report.page import Page
     from eval import gates
@@ -35,3 +50,14 @@ def run(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{options.out}: cannot be written: {error}: name another file with --out") from None
     print(f"{options.out}\n{table}")
+
+
+def _documents(options: argparse.Namespace) -> None:
+    from eval.gate_study import study
+    from eval.loading import load, open_split
+
+    if options.out.suffix.lower() in (".html", ".htm") or options.out.is_file():
+        raise UserError(f"{options.out}: --documents writes a folder of tables and figures: name a folder with --out")
+    loaded = load(options.checkpoint, options.device, "float32", options.threads)
+    dataset = open_split(options.data or loaded.config.data.path, loaded.tokenizer, options.split)
+    print("\n".join(study(loaded, dataset, options.out, options.documents, options.length, options.show)))

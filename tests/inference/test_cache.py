@@ -99,3 +99,30 @@ def test_positions_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engram.inference.cache.rope_tables", lambda *_: pytest.fail("worked out again"))
     for _ in range(3):
         decoder.feed(torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_branches_go_on_from_what_their_row_was_fed(variant: str) -> None:
+    """Also branches of branches, and the states of all new tokens instead of the last logits."""
+    model = build(variant)
+    tokens = torch.randint(0, 61, (2, 23))
+    decoder = Decoder(model, 2, 13)
+    decoder.feed(tokens[:, :13])
+    rows, endings = torch.tensor([1, 0, 1, 1]), torch.randint(0, 61, (4, 7))
+    first = decoder.branch(rows, 18)
+    states = [first.hidden(endings[:, :5])]
+    again = torch.tensor([3, 0])
+    second = first.branch(again, 20)
+    states.append(second.hidden(endings[again, 5:]))
+
+    whole = model.hidden(torch.cat((tokens[rows, :13], endings), dim=1))
+    torch.testing.assert_close(states[0], whole[:, 13:18], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states[1], whole[again, 18:], rtol=1e-4, atol=1e-4)
+    # Branches leave the decoder that they came from as it was.
+    torch.testing.assert_close(
+        decoder.branch(torch.tensor([0]), 14).feed(tokens[:1, 13:14]),
+        model(tokens[:1, :14])[:, -1],
+        rtol=1e-4,
+        atol=1e-4,
+    )

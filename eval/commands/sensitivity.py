@@ -1,0 +1,81 @@
+"""`python -m eval sensitivity`: what tasks and the loss lose when the memory is switched off or changed."""
+
+import argparse
+from pathlib import Path
+
+from engram.config import UserError
+from eval.commands.options import add_device, count, seed
+
+HELP = "what tasks and the loss lose when the memory is switched off or changed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="checkpoints or run folders of one model, which differ in their seeds",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of tables, figures and page")
+    parser.add_argument(
+        "--modes",
+        type=_names,
+        default=("zero_embedding", "mean", "shuffled"),
+        metavar="A,B",
+        help="zero_embedding, zero_output, gate_one, mean, shuffled (default zero_embedding,mean,shuffled)",
+    )
+    parser.add_argument("--per", choices=("layer", "order", "head"), help="change one part of the memory at a time")
+    parser.add_argument("--tasks", type=_names, default=("loss",), metavar="A,B", help="loss, facts (default loss)")
+    parser.add_argument("--data", metavar="DIR", help="prepared data; default: what the model was trained on")
+    parser.add_argument(
+        "--tokens", type=count, default=50_000, metavar="N", help="validation tokens for the loss (default 50000)"
+    )
+    parser.add_argument(
+        "--reference-tokens",
+        type=count,
+        default=50_000,
+        metavar="N",
+        help="tokens of the train split that mean and shuffled take their rows from (default 50000)",
+    )
+    parser.add_argument("--level", type=_level, default=0.9, metavar="P", help="of the intervals (default 0.9)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the bootstrap (default 0)")
+    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads; default: as many as in training")
+    add_device(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from eval.sensitivity_study import Settings, study
+    from eval.sensitivity_suites import check_tasks
+
+    check_tasks(options.tasks)
+    if options.out.is_file():
+        raise UserError(f"{options.out}: is a file: name a folder with --out")
+    settings = Settings(
+        tasks=options.tasks,
+        modes=options.modes,
+        per=options.per,
+        data=options.data,
+        tokens=options.tokens,
+        reference_tokens=options.reference_tokens,
+        level=options.level,
+        seed=options.seed,
+    )
+    lines = study(options.checkpoint, settings, options.out, options.device, options.threads, Console(stderr=True))
+    print("\n".join(lines))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _level(text: str) -> float:
+    try:
+        level = float(text)
+    except ValueError:
+        level = 0.0
+    if not 0 < level < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return level

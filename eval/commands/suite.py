@@ -1,0 +1,66 @@
+"""`python -m eval SUITE.yaml`: all tasks of a suite on a checkpoint, on its last N, and beside a baseline."""
+
+import argparse
+from pathlib import Path
+
+from engram.config import UserError
+from eval.commands.options import add_checkpoint, count
+
+HELP = "all tasks of a suite's file on a checkpoint, and beside a baseline"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", type=Path, metavar="SUITE.yaml", help="the suite, such as configs/eval/tiny.yaml")
+    add_checkpoint(parser)
+    parser.add_argument("--baseline", metavar="DIR", help="a checkpoint or run folder to compare with, item by item")
+    parser.add_argument("--last", type=count, default=1, metavar="N", help="the last N checkpoints (default 1)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of results")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="answers that are kept (default OUT/cache.sqlite)")
+    parser.add_argument("--run-code", action="store_true", help="allow running programs that the model writes")
+
+
+def run(options: argparse.Namespace) -> None:
+    import sys
+
+    from rich.console import Console
+
+    from eval.suite import load_suite
+
+    suite = load_suite(options.suite)
+    if options.out.is_file():
+        raise UserError(f"{options.out}: is a file: name a folder with --out")
+
+    from eval import ranks
+    from eval.compare import compare, overall
+    from eval.suite_page import write_page
+    from eval.suite_run import Options, checkpoints, run_suite
+
+    # Bound to this stream: while lm-eval runs, its own lines are kept off the terminal.
+    console = Console(file=sys.stderr)
+    settings = Options(options.out, options.last, options.cache, options.run_code, options.device, options.threads)
+    sides = {"model": options.checkpoint} | ({"baseline": options.baseline} if options.baseline else {})
+    # Before anything is computed.
+    for path in sides.values():
+        checkpoints(path, options.last)
+    with ranks.together() as rank:
+        outcomes = [
+            run_suite(suite, path, label, settings, console, baseline=label == "baseline")
+            for label, path in sides.items()
+        ]
+        if rank:
+            return
+        latest = [series[-1] for series in outcomes]
+        differences = (
+            compare(latest[0].items, latest[1].items, latest[0].metrics, suite.level, suite.seed)
+            if len(latest) > 1
+            else []
+        )
+        page = write_page(suite, outcomes, differences, options.out)
+    for metric in latest[0].metrics:
+        if not metric.group or not any(o.task == metric.task and not o.group for o in latest[0].metrics):
+            print(f"{metric.task:24}{metric.metric:24}{metric.group:16}{metric.value:10.4f}  ({metric.n:,} items)")
+    if differences:
+        whole = overall(differences)
+        resolved = sum(one.verdict != "not resolved" for one in whole)
+        print(f"{resolved} of {len(whole)} differences resolved at {suite.level:.0%}")
+    print(page)
