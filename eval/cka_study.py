@@ -15,7 +15,7 @@ from engram.config import UserError
 from engram.data.tokenizer import Tokenizer
 from engram.report.figure import to_csv
 from engram.training.files import write_atomically
-from engram.training.provenance import provenance
+from engram.training.provenance import origin
 from eval.alignment import Alignment, aligners, alignment, check_equal_layers
 from eval.cka_page import build_page, lines
 from eval.cka_tables import Found
@@ -107,7 +107,7 @@ def study(
         described=described,
     )
     facts: dict[str, Any] = {
-        **provenance(),
+        **origin(),
         "settings": {**asdict(settings), "entities": settings.entities and str(settings.entities)},
         "draws": DRAWS,
         "positions": len(positions.row_N),

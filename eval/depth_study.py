@@ -12,7 +12,7 @@ from rich.console import Console
 from engram.config import UserError
 from engram.report.figure import to_csv
 from engram.training.files import write_atomically
-from engram.training.provenance import provenance
+from engram.training.provenance import origin
 from eval import effective_depth, logit_lens
 from eval.depth_page import Found, build_page
 from eval.depth_shift import measure_shift, shift_rows, shift_scalar_rows
@@ -57,7 +57,7 @@ def study(
     kept = ("model", "run", "seed", "scalar", "unit", "mean", "low", "high", "resolved")
     scalars = {name: [row[name] for row in numbers] for name in kept}
     facts = {
-        **provenance(),
+        **origin(),
         "settings": asdict(settings),
         "texts": str(texts),
         "alignment": shift.described if shift else None,

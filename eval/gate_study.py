@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from engram.config import UserError
 from engram.data.shards import Dataset
 from engram.training.files import write_atomically
-from engram.training.provenance import provenance
+from engram.training.provenance import origin
 from eval.documents import read_documents
 from eval.gate_entities import mark_names
 from eval.gate_page import build_page, collision_rows, gates_figure, summary_columns
@@ -40,7 +40,7 @@ def study(loaded: Loaded, dataset: Dataset, out: Path, num_documents: int, lengt
         f"{loaded.folder}, step {loaded.step:,}: {len(documents):,} documents of {dataset.folder} ({dataset.split}), "
         f"{len(reading.token_N):,} tokens"
     )
-    facts = {**provenance(), "checkpoint": str(loaded.folder), "step": loaded.step, "data": str(dataset.folder)}
+    facts = {**origin(), "checkpoint": str(loaded.folder), "step": loaded.step, "data": str(dataset.folder)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         pq.write_table(long_table(reading, names, shared, texts, memory.orders), out / "gates.parquet")

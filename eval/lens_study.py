@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from engram.config import UserError
 from engram.report.figure import to_csv
 from engram.training.files import write_atomically
-from engram.training.provenance import provenance
+from engram.training.provenance import origin
 from eval import tuned_lens
 from eval.documents import read_documents
 from eval.lens_page import build_page
@@ -46,7 +46,7 @@ def study(
     lens_table = columns([row for curves in found for row in curve_rows(runs, curves, settings.level)])
     scalar_table = columns([row for curves in found for row in scalar_rows(runs, curves, settings)])
     facts = {
-        **provenance(),
+        **origin(),
         "settings": asdict(settings),
         "texts": str(texts),
         "document_length": texts.length,

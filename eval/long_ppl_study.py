@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from engram.config import UserError
-from engram.training.provenance import provenance
+from engram.training.provenance import origin
 from eval.copy_texts import CopyText, agreement, copy_texts
 from eval.documents import read_documents
 from eval.loading import Loaded, open_split
@@ -100,7 +100,7 @@ def study(
             "copies": {key: None if value != value else value for key, value in asdict(judged).items()},
             "matched": note,
         }
-        write_results(out, metrics, items, {**provenance(), **facts})
+        write_results(out, metrics, items, {**origin(), **facts})
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
     lines = terminal_lines(measured, losses, chosen, draws)

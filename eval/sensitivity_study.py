@@ -16,7 +16,7 @@ from rich.progress import Progress
 from engram.config import UserError
 from engram.report.figure import to_csv
 from engram.training.files import write_atomically
-from engram.training.provenance import provenance
+from engram.training.provenance import origin
 from eval.documents import read_documents
 from eval.interventions import NEED_REFERENCE, memory_of, read_reference
 from eval.loading import Loaded, load, open_split
@@ -199,7 +199,7 @@ def _write(
         write_atomically(out / "loss.csv", to_csv(loss_columns(losses)))
     items = [item for run in runs for item in _all_items(run, texts)]
     facts: dict[str, Any] = {"checkpoints": [run.folder for run in runs], "settings": asdict(settings)}
-    write_results(out, summarise(items), items, {**provenance(), **facts})
+    write_results(out, summarise(items), items, {**origin(), **facts})
 
 
 def _all_items(run: Measured, texts: Texts) -> Iterator[Item]:

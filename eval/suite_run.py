@@ -18,7 +18,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from engram.config import UserError
 from engram.training.checkpoint_files import CHECKSUMS, latest_checkpoint, step_folders
-from engram.training.provenance import provenance
+from engram.training.provenance import origin
 from eval import ranks
 from eval.bootstrap import interval
 from eval.lm_run import write_lm_eval_files
@@ -134,7 +134,7 @@ def _intervals(items: Sequence[Item], suite: Suite) -> dict[tuple[str, str, str]
 def _write(suite: Suite, loaded: Loaded, outcome: Outcome, results: dict[str, TaskResult], out: Path) -> None:
     time = datetime.now(UTC).replace(tzinfo=None)
     facts: dict[str, Any] = {
-        **provenance(),
+        **origin(),
         **identity(loaded),
         "checkpoint_folder": str(loaded.folder),
         "step": loaded.step,

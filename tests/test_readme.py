@@ -100,6 +100,32 @@ def test_study_verdict_equals_the_committed_fit() -> None:
     assert f"costs {cost['loss']:.3f} nat more than that ({low:.3f} to {high:.3f})" in text
 
 
+def test_ablations_equal_the_committed_fit() -> None:
+    parts = json.loads((ROOT / "results/study/fits.json").read_text())["parts"]
+    text = README.split("Two other parts are complete", 1)[1]
+    found = re.findall(r"^\| ([\w -]+) \| ([+-]\d\.\d+) \| (yes|no) \|$", text, re.MULTILINE)
+    bars = {bar["label"]: bar["difference"] for bar in parts["ablations"]["bars"]}
+    assert {name: (difference, resolved == "yes") for name, difference, resolved in found} == {
+        name: (f"{difference['mean']:+.3f}", difference["resolved"]) for name, difference in bars.items()
+    }
+    line = parts["memory"]["curves"][0]["fit"]
+    low, high = line["per_decade_interval"]
+    assert f"by {line['per_decade']:.3f} nat ({low:.3f} to {high:.3f})" in " ".join(text.split())
+
+
+KEY = ("task", "recipe", "baseline", "metric", "group")
+
+
+def test_facts_equal_the_committed_scores() -> None:
+    with (ROOT / "results/facts/scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name, *values in _rows("At equal parameters"):
+        for recipe, value in zip(("no memory", "rho 0.50"), values, strict=True):
+            key = (name.strip("`"), recipe, "", "accuracy", "all")
+            (mean,) = [row["mean"] for row in rows if tuple(row[column] for column in KEY) == key]
+            assert value == f"{float(mean):.3f}", name
+
+
 def test_speed_table_equals_the_committed_measurement() -> None:
     (path,) = [ROOT / name for name in re.findall(r"\((benchmarks/results/training_\S+\.jsonl)\)", README)]
     measured = {row["contender"]: row for row in map(json.loads, path.read_text().splitlines())}
@@ -158,6 +184,7 @@ def test_commands_run(tmp_path: Path) -> None:
             small = [each for each in SMALL if not ("model.memory=null" in words and each.startswith("model.memory."))]
             words[2:2] = small
             words = [word for word in words if word != "train.steps=50"]
+        words = ["1500" if word == "20000" else word for word in words]
         if words[:3] == ["-m", "engram.sweep", "run"]:
             # Hours of training; what it would do is planned.
             words[2] = "plan"

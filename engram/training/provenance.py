@@ -28,6 +28,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def origin() -> dict[str, Any]:
+    """Provenance of a result that is passed on: no name of the host, and of the command what was asked for."""
+    facts = provenance()
+    return {key: value for key, value in facts.items() if key != "host"} | {"command": sys.argv[1:]}
+
+
 def cpu_name() -> str:
     """Model name of the processor, as the operating system tells it."""
     try:

@@ -17,7 +17,7 @@ from engram.model.accounting import rho
 from engram.report.figure import to_csv
 from engram.training.checkpoint import open_checkpoint
 from engram.training.files import write_atomically
-from engram.training.provenance import provenance
+from engram.training.provenance import origin
 from eval.facts.crowding import crowded_items
 from eval.facts.page import build_page, shown
 from eval.facts.questions import SETS, ask
@@ -114,7 +114,7 @@ def _write(world: World, base: list[Run], others: list[Run], settings: Settings,
     }
     items = [replace(item, group=_of_run(run, item.group)) for run in runs for item in run.items]
     metrics = [metric for run in runs for metric in _metrics(run)]
-    write_results(out, metrics, items, {**provenance(), **facts})
+    write_results(out, metrics, items, {**origin(), **facts})
     page.write(out / "facts.html")
     lines = [f"{row.recipe}: {row.task} {shown(row)}" for row in scores if row.metric == "accuracy"]
     lines += [

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from engram.config import UserError
-from engram.training.provenance import provenance
+from engram.training.provenance import origin
 from eval.loading import Loaded
 from eval.models import load_models
 from eval.results import Metric, summarise, write_results
@@ -98,7 +98,7 @@ def study(
         }
         items = [replace(item, group=f"{one.name}; {item.group}") for one in answered for item in one.items]
         metrics: list[Metric] = summarise(items)
-        write_results(out, metrics, items, {**provenance(), **facts})
+        write_results(out, metrics, items, {**origin(), **facts})
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
     return [*terminal_lines(answered, samples, wanted.threshold), str(out / "ruler.html")]

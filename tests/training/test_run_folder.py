@@ -9,7 +9,7 @@ import pytest
 
 from engram.config import Config
 from engram.training.files import unfinished
-from engram.training.provenance import provenance
+from engram.training.provenance import origin, provenance
 from engram.training.run_folder import RunFolder, RunFolderError, differences
 
 MakeConfig = Callable[..., Config]
@@ -151,6 +151,12 @@ def test_provenance_tells_uncommitted_changes(tmp_path: Path, monkeypatch: pytes
     outputs["diff"] = "abc"
     # sha256 of "abc".
     assert provenance()["uncommitted_sha256"].startswith("ba7816bf8f01cfea")
+
+
+def test_an_origin_names_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/home/somebody/eval/__main__.py", "facts", "--certify"])
+    assert origin()["command"] == ["facts", "--certify"] and "host" not in origin()
+    assert origin().keys() | {"host"} == provenance().keys()
 
 
 def test_differences_go_as_deep_as_both_sides() -> None:
