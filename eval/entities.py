@@ -16,7 +16,7 @@ import numpy as np
 
 from engram.config import UserError
 from engram.data.tokenizer import REPLACEMENT, Tokenizer
-from eval.positions import Positions
+from eval.cka.positions import Positions
 
 Span = tuple[int, int]
 # A word that begins with a letter; whether that is a capital is for str to say, in any script that has them.

@@ -14,8 +14,8 @@ from engram.model.accounting import ParameterCounts, count_parameters
 from engram.report.figure import to_csv
 from engram.report.page import Page
 from engram.report.text import short
-from eval import gates
 from eval.curves import loss_figure, schedule_figure, statistics_figure
+from eval.gates import text as gates
 from eval.loading import check_target
 from eval.ngram import Baselines
 from eval.perplexity import bits_per_byte

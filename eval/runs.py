@@ -10,7 +10,8 @@ from engram.config import Config, UserError, load_config
 from engram.inference.generate import generate
 from engram.training.checkpoint_files import latest_checkpoint
 from engram.training.metrics import read_metrics
-from eval import gates, ngram, perplexity
+from eval import ngram, perplexity
+from eval.gates import text as gates
 from eval.loading import Loaded, load, open_split
 
 

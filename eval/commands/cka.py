@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--entities names where entities are, but --positions is all: leave one of them away")
     from rich.console import Console
 
-    from eval.cka_study import Settings, study
+    from eval.cka.study import Settings, study
 
     settings = Settings(
         positions=options.positions,

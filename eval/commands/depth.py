@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from eval.depth_study import study
-    from eval.lens_tables import Settings
+    from eval.depth.study import study
+    from eval.lens.tables import Settings
 
     settings = Settings(
         tau=options.tau, data=options.data, tokens=options.tokens, level=options.level, seed=options.seed

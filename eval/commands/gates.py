@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
 def _text(options: argparse.Namespace) -> None:
     from engram.report.figure import to_csv
     from engram.report.page import Page
-    from eval import gates
+    from eval.gates import text as gates
     from eval.loading import check_target, load
 
     check_target(options.out)
@@ -53,7 +53,7 @@ def _text(options: argparse.Namespace) -> None:
 
 
 def _documents(options: argparse.Namespace) -> None:
-    from eval.gate_study import study
+    from eval.gates.study import study
     from eval.loading import load, open_split
 
     if options.out.suffix.lower() in (".html", ".htm") or options.out.is_file():

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from eval.lens_study import study
-    from eval.lens_tables import Settings
+    from eval.lens.study import study
+    from eval.lens.tables import Settings
 
     settings = Settings(
         direction=options.direction,

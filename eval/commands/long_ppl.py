@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     checkpoints, note = pair_of(options)
     from rich.console import Console
 
-    from eval.long_ppl_study import Wanted, study
+    from eval.long_ppl.study import Wanted, study
 
     wanted = Wanted(
         evaluator=options.evaluator,

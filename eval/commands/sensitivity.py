@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from eval.sensitivity_study import Settings, study
-    from eval.sensitivity_suites import check_tasks
+    from eval.sensitivity.study import Settings, study
+    from eval.sensitivity.tasks import check_tasks
 
     check_tasks(options.tasks)
     if options.out.is_file():

@@ -24,16 +24,16 @@ def run(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from eval.suite import load_suite
+    from eval.suites.settings import load_suite
 
     suite = load_suite(options.suite)
     if options.out.is_file():
         raise UserError(f"{options.out}: is a file: name a folder with --out")
 
     from eval import ranks
-    from eval.compare import compare, overall
-    from eval.suite_page import write_page
-    from eval.suite_run import Options, checkpoints, run_suite
+    from eval.suites.compare import compare, overall
+    from eval.suites.page import write_page
+    from eval.suites.run import Options, checkpoints, run_suite
 
     # Bound to this stream: while lm-eval runs, its own lines are kept off the terminal.
     console = Console(file=sys.stderr)

@@ -17,10 +17,10 @@ import torch
 
 from engram.data.world import World, documents
 from eval.facts.questions import Question, ask
-from eval.interventions import memory_of
 from eval.loading import Loaded
 from eval.padding import padded_batches
 from eval.results import Item
+from eval.sensitivity.interventions import memory_of
 
 Ints = npt.NDArray[np.int64]
 TASK = "collision"

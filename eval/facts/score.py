@@ -23,7 +23,7 @@ from eval.facts.questions import KINDS, SETS, Question, ask
 from eval.loading import Loaded
 from eval.results import Item
 from eval.scoring import Request, score
-from eval.sensitivity import Suite
+from eval.sensitivity.retained import Suite
 
 
 def world_of(config: Config) -> World:
@@ -48,7 +48,9 @@ def facts_items(
     """Every metric of every question of the sets; a question's id is the same for every model of the world.
 
     `world` None: the one that the model was trained on. `advance` is told how many answers were scored (a question has
-    one for each town). The model is asked as it is: inside `eval.interventions.intervened`, without its memory.
+    one for each town). The model is asked as it is: without its memory inside
+    `eval.sensitivity.interventions.intervened`.
+
     Raises UserError: not trained on a world, or a prompt longer than the training's sequences.
     """
     world = world or world_of(loaded.config)

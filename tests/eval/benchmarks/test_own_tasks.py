@@ -10,7 +10,7 @@ import pytest
 from eval.benchmarks import completion, popqa
 from eval.benchmarks.add import add_files
 from eval.benchmarks.manifest import whole
-from eval.lm_tasks import OWN_TASKS, write_tasks
+from eval.suites.lm_tasks import OWN_TASKS, write_tasks
 from tests.eval.benchmarks.test_data import C3, CCPM, POPQA, RACE, lines
 
 

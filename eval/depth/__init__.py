@@ -1,0 +1,1 @@
+"""How deep a model works, by several measures side by side."""

@@ -1,0 +1,1 @@
+"""When and for what the memory opens."""

@@ -1,0 +1,1 @@
+"""What each depth of a model would predict."""

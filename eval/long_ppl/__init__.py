@@ -1,0 +1,1 @@
+"""LongPPL: the loss on tokens that need a long context."""

@@ -1,0 +1,1 @@
+"""Many tasks from one file, and what lm-eval brings."""

@@ -1,0 +1,171 @@
+"""A suite on a checkpoint, on its last N, and beside a baseline: runs every task and writes the results folder.
+
+OUT/  metrics.csv items.csv metrics.parquet provenance.json  results_<time>.json samples_<task>_<time>.jsonl
+      tasks/ (what lm-eval ran)  cache.sqlite  baseline/...  steps/step_000100/...  comparison.* series.*  index.html
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from engram.config import UserError
+from engram.training.checkpoint_files import CHECKSUMS, latest_checkpoint, step_folders
+from engram.training.provenance import origin
+from eval import ranks
+from eval.bootstrap import interval
+from eval.loading import Loaded, load
+from eval.results import Item, Metric, write_results, write_tidy
+from eval.score_cache import ScoreCache, identity
+from eval.suites.lm_run import write_lm_eval_files
+from eval.suites.settings import Suite
+from eval.suites.tasks import Setting, TaskResult, run_entry
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a suite."""
+
+    out: Path
+    last: int = 1
+    cache: Path | None = None
+    run_code: bool = False
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All tasks' results of one checkpoint; `intervals`: low and high by task, metric and group."""
+
+    label: str
+    folder: Path
+    step: int
+    metrics: list[Metric]
+    items: list[Item]
+    intervals: dict[tuple[str, str, str], tuple[float, float]]
+
+
+def checkpoints(path: str | Path, last: int) -> list[Path]:
+    """The last `last` checkpoints of a run folder, oldest first; 1: its latest, or a checkpoint itself.
+
+    Raises UserError: fewer than that, or a checkpoint where a run folder is needed.
+    """
+    folder = Path(path)
+    if last == 1:
+        return [folder if (folder / CHECKSUMS).exists() else latest_checkpoint(folder) or folder]
+    found = step_folders(folder) if folder.is_dir() else []
+    if len(found) < last:
+        raise UserError(
+            f"{folder}: has {len(found)} checkpoints, but --last asks for {last}: give a run folder that keeps more "
+            "(train.keep_checkpoints), or lower --last"
+        )
+    return found[-last:]
+
+
+def run_suite(
+    suite: Suite, path: str | Path, label: str, options: Options, console: Console, baseline: bool = False
+) -> list[Outcome]:
+    """The suite on each of the last checkpoints of `path`, with a results folder for each; the last one's is the main.
+
+    Under torchrun every process computes and the first one writes. Raises UserError.
+    """
+    folders = checkpoints(path, options.last)
+    out = options.out / "baseline" if baseline else options.out
+    outcomes = []
+    for place, folder in enumerate(folders):
+        own = out if place == len(folders) - 1 else out / "steps" / folder.name
+        outcomes.append(_run_checkpoint(suite, folder, label, own, options, console))
+    return outcomes
+
+
+def _run_checkpoint(suite: Suite, folder: Path, label: str, out: Path, options: Options, console: Console) -> Outcome:
+    loaded = load(folder, options.device, suite.dtype, options.threads)
+    with ExitStack() as undo:
+        first = ranks.world()[0] == 0
+        if not first:
+            out = Path(undo.enter_context(tempfile.TemporaryDirectory()))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error}): name another folder with --out") from None
+        cache = ScoreCache((options.cache or options.out / "cache.sqlite") if first else None, loaded)
+        undo.callback(cache.close)
+        results = _run_tasks(suite, loaded, Setting(suite, out, cache, options.run_code), console)
+        items = [item for result in results.values() for item in result.items]
+        metrics = [metric for result in results.values() for metric in result.metrics]
+        outcome = Outcome(label, loaded.folder, loaded.step, metrics, items, _intervals(items, suite))
+        _write(suite, loaded, outcome, results, out)
+    return outcome
+
+
+def _run_tasks(suite: Suite, loaded: Loaded, setting: Setting, console: Console) -> dict[str, TaskResult]:
+    results: dict[str, TaskResult] = {}
+    shown = (TextColumn("{task.description:<40}"), TextColumn("{task.completed:>9,} requests"), TimeElapsedColumn())
+    hidden = not console.is_terminal or ranks.world()[0] != 0
+    with Progress(*shown, console=console, transient=True, disable=hidden) as bars:
+        for entry in suite.tasks:
+            bar = bars.add_task(f"{loaded.folder.name}: {entry.title}", total=None)
+            results[entry.title] = run_entry(loaded, entry, replace(setting, advance=_advance(bars, bar)))
+    return results
+
+
+def _advance(bars: Progress, bar: Any) -> Callable[[int], None]:
+    return lambda amount: bars.advance(bar, amount)
+
+
+def _intervals(items: Sequence[Item], suite: Suite) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """The bootstrap's interval of each mean, over items; group "" is over all groups."""
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for item in items:
+        for group in dict.fromkeys((item.group, "")):
+            values.setdefault((item.task, item.metric, group), []).append(item.value)
+    found = {key: interval(one, level=suite.level, seed=suite.seed) for key, one in values.items()}
+    return {key: (float(one.low), float(one.high)) for key, one in found.items()}
+
+
+def _write(suite: Suite, loaded: Loaded, outcome: Outcome, results: dict[str, TaskResult], out: Path) -> None:
+    time = datetime.now(UTC).replace(tzinfo=None)
+    facts: dict[str, Any] = {
+        **origin(),
+        **identity(loaded),
+        "checkpoint_folder": str(loaded.folder),
+        "step": loaded.step,
+        "seed": loaded.config.seed,
+        "suite": suite.model_dump(mode="json"),
+        "tasks": {name: result.facts for name, result in results.items()},
+        "created_at": time.isoformat(),
+    }
+    write_results(out, outcome.metrics, outcome.items, facts)
+    write_tidy(out / "metrics.parquet", [_tidy(metric, outcome, facts) for metric in outcome.metrics])
+    for result in results.values():
+        if result.found is not None:
+            write_lm_eval_files(out, result.found, {"engram": facts}, time)
+
+
+def _tidy(metric: Metric, outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
+    low, high = outcome.intervals.get((metric.task, metric.metric, metric.group), (math.nan, math.nan))
+    own = facts["tasks"].get(metric.task, {})
+    return asdict(metric) | {
+        "low": low,
+        "high": high,
+        "level": facts["suite"]["level"],
+        "label": outcome.label,
+        "checkpoint": str(outcome.folder),
+        "checkpoint_sha256": facts["checkpoint"],
+        "tokenizer_sha256": facts["tokenizer"],
+        "step": outcome.step,
+        "seed": facts["seed"],
+        "dtype": facts["dtype"],
+        "data_sha256": own.get("data_sha256"),
+        "lm_eval_version": own.get("lm_eval_version"),
+        "commit": facts["commit"],
+        "created_at": facts["created_at"],
+    }

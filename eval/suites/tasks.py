@@ -1,0 +1,240 @@
+"""What each kind of task in a suite does with a model: items, metrics, and the facts that its numbers depend on."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engram.config import UserError
+from eval import perplexity, ranks
+from eval.benchmarks.catalogue import benchmarks
+from eval.benchmarks.code import CODE_TASKS
+from eval.benchmarks.manifest import data_digest, whole
+from eval.benchmarks.sandbox import check_available, run_program
+from eval.documents import read_documents
+from eval.facts.score import facts_items
+from eval.loading import Loaded, check_rows, open_split
+from eval.padding import padded_batches
+from eval.results import Item, Metric, summarise
+from eval.ruler.files import make_samples, settings
+from eval.ruler.measure import measure
+from eval.ruler.tasks import Sources, all_tasks
+from eval.score_cache import ScoreCache
+from eval.stepwise import Question, answer
+from eval.suites.lm_run import answer_items, items_of, run_tasks
+from eval.suites.lm_tasks import OWN_TASKS, lm_eval_tasks, task_files, write_tasks
+from eval.suites.settings import Entry, Suite
+
+# The smaller, the better.
+_LOSSES = ("document_loss", "gold_bits_per_byte", "bits_per_byte", "byte_perplexity", "word_perplexity")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all tasks of one command share. `advance` is told how many requests were answered."""
+
+    suite: Suite
+    out: Path
+    cache: ScoreCache
+    run_code: bool = False
+    advance: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """`found`: what lm-eval itself returned, for tasks that it ran."""
+
+    items: list[Item]
+    metrics: list[Metric]
+    facts: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] | None = None
+
+
+def run_entry(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
+    """Raises UserError: data that is missing, altered or of another form; a request that does not fit."""
+    if entry.task == "perplexity":
+        return _perplexity(loaded, entry, setting)
+    if entry.task == "facts":
+        return _facts(loaded, entry, setting)
+    if entry.task == "ruler":
+        return _ruler(loaded, entry, setting)
+    if entry.task in CODE_TASKS and entry.yaml is None:
+        return _code(loaded, entry, setting)
+    return _harness(loaded, entry, setting)
+
+
+def _perplexity(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
+    dataset = open_split(entry.data or loaded.config.data.path, loaded.tokenizer)
+    items: list[Item] = []
+    metrics: list[Metric] = []
+    for length in entry.lengths or (loaded.config.data.sequence_length,):
+        check_rows(dataset, length, entry.tokens)
+        task = f"{entry.title}@{length}"
+        batch_size = max(1, setting.suite.max_tokens // length)
+        whole_split = perplexity.measure_split(
+            loaded.model, loaded.tokenizer, dataset, length, batch_size, entry.tokens
+        )
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            value = getattr(whole_split, name)
+            metrics.append(Metric(task, name, value, float("nan"), whole_split.targets, higher_is_better=False))
+        documents = read_documents(dataset, length, entry.tokens)
+        losses = _document_losses(loaded, documents, setting.suite.max_tokens)
+        own = [Item(task, f"document {place}", "document_loss", loss) for place, loss in enumerate(losses)]
+        items += own
+        metrics += summarise(own, higher_is_better=False)
+    return TaskResult(items, metrics, {"data": str(dataset.folder)})
+
+
+def _facts(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
+    items = [replace(item, task=f"{entry.title}/{item.task}") for item in facts_items(loaded, advance=setting.advance)]
+    metrics = [replace(one, higher_is_better=one.metric not in _LOSSES) for one in summarise(items)]
+    return TaskResult(items, metrics)
+
+
+def _ruler(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
+    """The 13 tasks in the short wording, on invented texts."""
+    sources = Sources()
+    tasks, lengths = all_tasks("tiny", sources), entry.lengths or (loaded.config.data.sequence_length,)
+    wanted = settings("tiny", tasks, lengths, entry.limit or 50, setting.suite.seed, loaded.tokenizer.digest, sources)
+    samples = make_samples(setting.out / "ruler", tasks, loaded.tokenizer, wanted)
+    found = measure(loaded, samples, generate=True, advance=setting.advance)
+    items = [replace(item, task=f"{entry.title}/{item.task}", group=f"length {item.group}") for item in found]
+    return TaskResult(items, summarise(items), {"settings": wanted})
+
+
+@torch.inference_mode()
+def _document_losses(loaded: Loaded, documents: Sequence[Sequence[int]], max_tokens: int) -> list[float]:
+    """Mean nats per token of each document, which stands after the end of another one, as in training."""
+    rows = [(loaded.tokenizer.eos_id, *document) for document in documents]
+    losses = [0.0] * len(rows)
+    for batch in padded_batches(rows, max_tokens, loaded.model.head.weight.device):
+        targets_BT = batch.tokens_BT[:, 1:].masked_fill(~batch.real_BT[:, 1:], perplexity.IGNORE)
+        losses_BT = loaded.model.token_losses(batch.tokens_BT[:, :-1], targets_BT).double()
+        for index, total, count in zip(
+            batch.indices, losses_BT.sum(1).tolist(), batch.real_BT[:, 1:].sum(1).tolist(), strict=True
+        ):
+            losses[index] = total / count
+    return losses
+
+
+def _harness(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
+    # Light when it is missing: the message comes before anything is imported or computed.
+    root = lm_eval_tasks()
+    from eval.suites.harness import EngramLM
+
+    known = benchmarks().get(entry.task)
+    shots = entry.shots if entry.shots is not None else known.shots if known else 0
+    data = entry.data or setting.suite.data / entry.task
+    manifest = whole(data)
+    folder = setting.out / "tasks"
+    tasks = write_tasks(folder, entry.title, _files(entry, root), data, manifest, shots)
+    lm = EngramLM(
+        loaded,
+        setting.cache,
+        max_length=entry.max_length,
+        allow_truncation=entry.allow_truncation,
+        max_tokens=setting.suite.max_tokens,
+        advance=setting.advance,
+    )
+    found = run_tasks(lm, tasks, entry.limit)
+    items = items_of(found, tasks, entry.title) + answer_items(found, tasks, entry.title)
+    better = {name: bool(flag) for one in found["higher_is_better"].values() for name, flag in one.items()}
+    truncated = {task.subset: lm.counts.truncated[task.name] for task in tasks}
+    metrics = [
+        replace(metric, num_truncated=truncated.get(metric.group, 0), higher_is_better=_rises(metric.metric, better))
+        for metric in summarise(items, num_shots=shots)
+    ]
+    if len(tasks) > 1:
+        metrics += [
+            replace(metric, num_truncated=sum(truncated.values()), higher_is_better=_rises(metric.metric, better))
+            for metric in summarise([replace(item, group="") for item in items], num_shots=shots)
+        ]
+    facts = {
+        "data": str(data),
+        "data_sha256": data_digest(manifest),
+        "licence": manifest.licence,
+        "source": manifest.source,
+        "requests": sum(lm.counts.requests.values()),
+        "truncated": sum(lm.counts.truncated.values()),
+        "merged_boundaries": sum(lm.counts.merged.values()),
+        "max_length": lm.max_length,
+        "lm_eval_version": found["lm_eval_version"],
+    }
+    return TaskResult(items, metrics, facts, found)
+
+
+def _files(entry: Entry, root: Path) -> list[Path]:
+    if entry.yaml is not None:
+        own = Path(entry.yaml)
+        return [own.resolve()] if own.is_file() else task_files(entry.yaml, root)
+    known = benchmarks().get(entry.task)
+    if known is None or known.run == "own":
+        return task_files((known and known.tasks) or f"{entry.task}.yaml", OWN_TASKS)
+    assert known.tasks is not None
+    return task_files(known.tasks, root)
+
+
+def _rises(metric: str, better: dict[str, bool]) -> bool:
+    name = metric.partition(",")[0]
+    return better.get(name, name not in _LOSSES)
+
+
+def _code(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
+    """pass@1 of greedy answers. Every process answers and runs its part of the problems."""
+    if not setting.run_code:
+        raise UserError(
+            f"task {entry.title} runs programs that the model wrote: allow it with --run-code (eval/benchmarks/"
+            "sandbox.py says what keeps them apart from this machine), or leave the task out"
+        )
+    check_available()
+    task, data = CODE_TASKS[entry.task], entry.data or setting.suite.data / entry.task
+    manifest = whole(data)
+    splits = {split: _rows(data, paths) for split, paths in manifest.splits("").items()}
+    if "test" not in splits:
+        raise UserError(f"{data}: has no split `test`: add the data again")
+    shots = benchmarks()[entry.task].shots if entry.shots is None else entry.shots
+    examples = splits.get("prompt", splits.get("train", []))[:shots]
+    if len(examples) < shots:
+        raise UserError(f"{data}: has no split `prompt` with {shots} examples: add it, or set shots: 0")
+    rows = splits["test"][: entry.limit]
+    max_length = entry.max_length or loaded.config.data.sequence_length
+    questions, truncated = [], 0
+    for row in rows:
+        ids = loaded.encode(task.prompt(row, examples))
+        room = max_length - task.max_new_tokens
+        new = task.max_new_tokens
+        if len(ids) > room:
+            if not entry.allow_truncation:
+                raise UserError(
+                    f"task {entry.title}: a prompt of {len(ids):,} tokens and an answer of {new} need more than "
+                    f"max_length {max_length:,}: raise max_length, or set allow_truncation: true"
+                )
+            truncated += 1
+            # A prompt that fits keeps its whole; its answer gets what is left.
+            new = max(max_length - len(ids), max_length // 4)
+            ids = ids[-(max_length - new) :]
+        questions.append(Question(tuple(ids), task.stops, new))
+    own = ranks.own_part([len(one.prompt) + one.max_new_tokens for one in questions])
+    texts = answer(loaded, questions[own.start : own.stop], setting.advance)
+    outcomes = [run_program(task.program(rows[place], text)) for place, text in zip(own, texts, strict=True)]
+    mine = {place: (text, one) for place, text, one in zip(own, texts, outcomes, strict=True)}
+    found = ranks.merged(mine)
+    items = [
+        Item(entry.title, str(row.get("task_id", row.get("id", place))), "pass@1", float(found[place][1].passed))
+        for place, row in enumerate(rows)
+    ]
+    samples = [
+        {"doc_id": place, "doc": row, "answer": found[place][0], "passed": found[place][1].passed}
+        | {"reason": found[place][1].reason}
+        for place, row in enumerate(rows)
+    ]
+    facts = {"data": str(data), "data_sha256": data_digest(manifest), "truncated": truncated}
+    metrics = summarise(items, num_shots=shots, num_truncated=truncated)
+    return TaskResult(items, metrics, facts, {"samples": {entry.title: samples}})
+
+
+def _rows(folder: Path, paths: Sequence[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in paths for line in (folder / path).read_text(encoding="utf-8").splitlines()]
