@@ -1,8 +1,9 @@
 """The whole space of experiments: every setting that a user can write, as a frozen pydantic model.
 
-Those of the model stand in engram/config_model.py, all others here. Precedence: defaults < `base:` (one level)
-< file < `a.b=c`. Presence is the switch: `model.memory: null` is the mixture-of-experts baseline, `model.moe: null` is
-dense, `model.hyper_connection: null` is a plain residual stream. Layer ids count from 0.
+Those of the model stand in engram/config_model.py, those of ranks and storage in engram/config_distributed.py, all
+others here. Precedence: defaults < `base:` (one level) < file < `a.b=c`. Presence is the switch: `model.memory: null`
+is the mixture-of-experts baseline, `model.moe: null` is dense, `model.hyper_connection: null` is a plain residual
+stream. Layer ids count from 0.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ from engram.config_base import Name as Name
 from engram.config_base import Positive as Positive
 from engram.config_base import Seed as Seed
 from engram.config_base import Settings as Settings
+from engram.config_distributed import DistributedConfig as DistributedConfig
+from engram.config_distributed import TableStorageConfig as TableStorageConfig
 from engram.config_file import ConfigError as ConfigError
 from engram.config_file import UserError as UserError
 from engram.config_file import apply_override, explain, read_tree
@@ -203,6 +206,8 @@ class TrainConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
+    # Where rows of n-gram tables are stored; null: all of them on the device.
+    tables: TableStorageConfig | None = None
     # CPU threads; null: leave the choice to torch.
     threads: Count | None = None
     log_every: Count = 10
@@ -246,8 +251,8 @@ class Config(Settings):
     train: TrainConfig
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
-    # One process; ranks are configured here once there is more than one.
-    distributed: None = None
+    # null: one process.
+    distributed: DistributedConfig | None = None
     seed: Seed = 0
     run_dir: Name = "runs/run"
 

@@ -32,6 +32,8 @@ ROUNDING = (
     "train.compile",
     "train.micro_batch_size",
     "train.activation_checkpointing",
+    "train.tables",
+    "distributed",
 )
 # Free for a run folder, but runs are compared by it.
 MEASURE = ("eval.tokens",)

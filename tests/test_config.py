@@ -203,7 +203,7 @@ def test_shipped_configs_load_count_and_explain_themselves(path: Path, tmp_path:
         ("model.memory=true", "model.memory: is true, but must be a section of settings"),
         ("data.sources={name: sotu}", "data.sources: is {'name': 'sotu'}, but must be a list"),
         ("data.tokenizer.character_coverage=0.5", "data.tokenizer.character_coverage: is 0.5, but must be above 0.9"),
-        ("distributed=8", "distributed: is 8, but must be null"),
+        ("distributed=8", "distributed: is 8, but must be a section of settings"),
         ("seed=-1", "seed: is -1, but must be 0 or more"),
         ("seed=4294967296", "seed: is 4294967296, but must be below 4294967296"),
         ("model.memory.max_ngram_size=x", "model.memory.max_ngram_size: is 'x', but must be a whole number"),

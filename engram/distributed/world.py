@@ -1,0 +1,105 @@
+"""The ranks of a run: who is here, and errors that all of them learn of.
+
+A launcher (torchrun, `deepspeed`, or Slurm's srun around torchrun) tells each process its place through environment
+variables.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from engram.config import UserError
+
+
+class RankError(UserError):
+    """Another rank cannot go on, or ranks do not fit together."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks; collectives over all of them. `size` 1 communicates with nobody."""
+
+    rank: int
+    size: int
+    # Among the ranks of this machine: the number of its GPU.
+    local_rank: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what is written once: logs, metrics, the run folder."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's `value`, in the order of ranks. Small things only: it is pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of everybody's `tensor`, in place."""
+        if self.size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return any(self.gather(flag))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails for one rank fails for all: each raises, naming the first rank that failed and why.
+
+        The block must not communicate. A rank's own UserError is raised as it is.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        reasons = self.gather(None if error is None else f"{error}" or type(error).__name__)
+        if error is not None:
+            raise error
+        failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
+        if failed:
+            rank, reason = failed[0]
+            raise RankError(f"rank {rank}: {reason}")
+
+    def agree(self, what: str, value: str, advice: str) -> None:
+        """Raises RankError, on all ranks, where `value` is not the same everywhere."""
+        values = self.gather(value)
+        if other := next((rank for rank, each in enumerate(values) if each != values[0]), None):
+            raise RankError(f"{what} differs: rank 0 has {values[0]}, rank {other} has {values[other]}: {advice}")
+
+
+SINGLE = World(rank=0, size=1, local_rank=0)
+
+
+def launched_ranks() -> int:
+    """How many ranks the launcher of this process started; 1 where nobody did."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def join_world(device: torch.device, timeout_seconds: int) -> Iterator[World]:
+    """Meet all other ranks; nccl on GPUs, gloo elsewhere. Raises RankError where they cannot be reached."""
+    size = launched_ranks()
+    if size == 1:
+        yield SINGLE
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except (ValueError, RuntimeError) as error:
+        raise RankError(f"the other ranks cannot be reached: {error}: start all of them with one torchrun") from error
+    try:
+        yield World(distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        distributed.destroy_process_group()
