@@ -8,7 +8,7 @@ from engram.config_base import Count, Name, Positive, Settings
 
 
 class TableStorageConfig(Settings):
-    """Rows and their optimizer state beyond device memory: a cache on the device, the whole in host memory or a file."""
+    """Tables larger than the device: a cache of rows there, all rows in host memory or in a file."""
 
     tier: Literal["host", "file"]
     # Rows of each table that are held on the device, with their optimizer state. All rows that a step reads must fit.
