@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engram.config import Config
 from engram.data.tokenizer import Tokenizer, load_tokenizer
+from engram.distributed.world import SINGLE, World
 from engram.memory.vocabulary import VocabularyMap
 from engram.model.transformer import Transformer
 from engram.training.checkpoint_files import (
@@ -22,8 +23,8 @@ from engram.training.checkpoint_files import (
     other_checkpoint,
     read_config,
     read_state,
-    read_tensors,
     save_step,
+    tensor_files,
     verify,
 )
 
@@ -48,12 +49,11 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Tensors of `model` or `optim`."""
-        return read_tensors(self.folder / f"{name}.safetensors")
+        return tensor_files(self.folder, name).tensors()
 
     def vocabulary(self) -> VocabularyMap:
         """The map from token ids to the compressed ids whose n-grams were hashed."""
-        tensors = read_tensors(self.folder / "model.safetensors", "token_map")
-        return VocabularyMap(tensors["token_map"].numpy())
+        return VocabularyMap(tensor_files(self.folder, "model").tensor("token_map").numpy())
 
     def fill(self, model: Transformer) -> None:
         """Copy the weights into `model`. Raises CheckpointError: another hash recipe, names or shapes."""
@@ -83,9 +83,9 @@ class Checkpoint:
                 )
 
 
-def save_checkpoint(run_dir: Path, step: int, contents: Contents, keep: int) -> Path:
+def save_checkpoint(run_dir: Path, step: int, contents: Contents, keep: int, world: World = SINGLE) -> Path:
     """Save `run_dir/step_<step>`, point `latest` to it, keep the newest `keep`. Raises CheckpointError: disk full."""
-    return save_step(run_dir, step, contents, keep)
+    return save_step(run_dir, step, contents, keep, world)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

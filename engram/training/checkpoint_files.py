@@ -1,22 +1,28 @@
 """A checkpoint on disk: safetensors and JSON with checksums, written such that a crash leaves it whole or absent.
 
 step_000500/  model.safetensors  optim.safetensors  state.json  config.yaml  tokenizer.*  checksums.json
+
+Of several ranks, the first writes these, and all write model-*.safetensors and optim-*.safetensors of their own (see
+tensor_files.py); checksums.json, written last, counts them all.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engram.config import Config, ConfigError, UserError, load_config, save_config
 from engram.data.tokenizer import Tokenizer
+from engram.distributed.world import SINGLE, RankError, World
 from engram.training.files import move_into_place, point, remove_folder, sha256, sync, unfinished
+from engram.training.tensor_files import TensorFiles, TensorFilesError
 
 LATEST = "latest"
 CHECKSUMS = "checksums.json"
@@ -33,10 +39,14 @@ class Contents:
     """What goes into a checkpoint, or into a post-mortem folder."""
 
     # Name of each safetensors file -> its tensors: "model" holds parameters and persistent buffers, "optim" moments.
-    tensors: dict[str, dict[str, Tensor]]
+    # Of what this rank writes, if there are several. May be made as it is written, so that not all is in memory.
+    tensors: Mapping[str, Mapping[str, Tensor]] | Iterable[tuple[str, Mapping[str, Tensor]]]
     state: dict[str, Any]
     config: Config
     tokenizer: Tokenizer
+
+    def files(self) -> Iterable[tuple[str, Mapping[str, Tensor]]]:
+        return self.tensors.items() if isinstance(self.tensors, Mapping) else self.tensors
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -52,19 +62,26 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted((path for path in run_dir.glob("step_*") if path.name[len("step_") :].isdigit()), key=step_of)
 
 
-def write_folder(folder: Path, contents: Contents) -> None:
-    """Write `folder` beside its place, flush it to disk, and rename it.
+def write_folder(folder: Path, contents: Contents, world: World = SINGLE) -> None:
+    """Write `folder` beside its place, flush it to disk, and rename it; all ranks together.
 
-    Raises CheckpointError where the disk does not take it; what was written is removed, older folders stay as they are.
+    Raises CheckpointError, on all ranks, where the disk does not take it from one of them; what was written is removed,
+    older folders stay as they are.
     """
     building = unfinished(folder)
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        _fill(building, contents)
-        move_into_place(building, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(building, ignore_errors=True)
+        with world.together():
+            if world.is_first:
+                shutil.rmtree(building, ignore_errors=True)
+                building.mkdir(parents=True)
+        checksums = _write_tensors(building, contents, world)
+        with world.together():
+            if world.is_first:
+                _write_rest(building, contents, checksums)
+                move_into_place(building, folder)
+    except (OSError, SafetensorError, RankError) as error:
+        if world.is_first:
+            shutil.rmtree(building, ignore_errors=True)
         kept = latest_checkpoint(folder.parent)
         raise CheckpointError(
             f"{folder}: cannot be written ({error}): free space on this disk, or lower train.keep_checkpoints; "
@@ -72,15 +89,17 @@ def write_folder(folder: Path, contents: Contents) -> None:
         ) from error
 
 
-def save_step(run_dir: Path, step: int, contents: Contents, keep: int) -> Path:
+def save_step(run_dir: Path, step: int, contents: Contents, keep: int, world: World = SINGLE) -> Path:
     """Write `step_<step>`, let `latest` point to it, and delete all but the newest `keep` checkpoints."""
     folder = step_folder(run_dir, step)
-    write_folder(folder, contents)
-    point(run_dir / LATEST, folder.name)
-    # A run set back to an earlier checkpoint may still hold later ones: they do not count as newer than this one.
-    until_now = [path for path in step_folders(run_dir) if step_of(path) <= step]
-    for old in until_now[:-keep]:
-        remove_folder(old)
+    write_folder(folder, contents, world)
+    with world.together():
+        if world.is_first:
+            point(run_dir / LATEST, folder.name)
+            # A run set back to an earlier checkpoint may still hold later ones: they do not count as newer than this.
+            until_now = [path for path in step_folders(run_dir) if step_of(path) <= step]
+            for old in until_now[:-keep]:
+                remove_folder(old)
     return folder
 
 
@@ -134,13 +153,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def read_tensors(path: Path, *names: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, all or those of `names`. Raises CheckpointError."""
+def tensor_files(folder: Path, kind: str) -> TensorFiles:
+    """The tensors of `model` or `optim`. Raises CheckpointError."""
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in names or file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): {other_checkpoint(path.parent)}") from None
+        return TensorFiles(folder, kind)
+    except TensorFilesError as error:
+        raise CheckpointError(f"{error}: {other_checkpoint(folder)}") from None
 
 
 def read_config(folder: Path) -> Config:
@@ -151,21 +169,43 @@ def read_config(folder: Path) -> Config:
         raise CheckpointError(f"{error}\nthis checkpoint was written by other code: use that of code.json") from None
 
 
-def _fill(building: Path, contents: Contents) -> None:
-    state = building / "state.json"
-    state.write_text(json.dumps(contents.state))
-    for name, tensors in contents.tensors.items():
-        path = building / f"{name}.safetensors"
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
-        # safetensors makes files that only their owner may read, whatever the umask.
-        path.chmod(state.stat().st_mode & 0o777)
+def _write_tensors(building: Path, contents: Contents, world: World) -> dict[str, str]:
+    """This rank's files of tensors, flushed -> the checksums of everybody's. Raises on all ranks where one cannot."""
+    error: Exception | None = None
+    checksums: dict[str, str] = {}
+    for name, tensors in contents.files():
+        # Making tensors may take all ranks: one whose disk is full still takes part.
+        if error is None:
+            try:
+                path = building / f"{name}.safetensors"
+                checksums[path.name] = _write(path, tensors)
+            except (OSError, SafetensorError) as caught:
+                error = caught
+    with world.together():
+        if error is not None:
+            raise error
+    return {name: digest for each in world.gather(checksums) for name, digest in each.items()}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    # safetensors makes files that only their owner may read, whatever the umask.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    sync(path)
+    return sha256(path)
+
+
+def _write_rest(building: Path, contents: Contents, checksums: dict[str, str]) -> None:
+    """All that is written once, checksums last."""
+    tensors = set(building.iterdir())
+    (building / "state.json").write_text(json.dumps(contents.state))
     save_config(contents.config, building / "config.yaml")
     contents.tokenizer.save(building)
-    checksums = {path.name: sha256(path) for path in sorted(building.iterdir())}
+    rest = sorted(set(building.iterdir()) - tensors)
+    checksums = dict(sorted((checksums | {path.name: sha256(path) for path in rest}).items()))
     (building / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
-    for path in building.iterdir():
+    for path in (*rest, building / CHECKSUMS, building):
         sync(path)
-    sync(building)
 
 
 def other_checkpoint(folder: Path) -> str:

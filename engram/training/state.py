@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engram.config import Config, UserError
 from engram.data.loader import Loader
-from engram.model.transformer import Transformer
-from engram.optim.optimizer import RoleOptimizer
 from engram.training import random_state
 from engram.training.checkpoint import FORMAT, Checkpoint, CheckpointError, hash_recipe
 from engram.training.checkpoint_files import Contents, other_checkpoint
+from engram.training.engine import Engine
 from engram.training.setup import RunData, environment
 
 logger = logging.getLogger(__name__)
@@ -25,8 +23,7 @@ class RunState:
     config: Config
     data: RunData
     device: torch.device
-    model: Transformer
-    optimizer: RoleOptimizer
+    engine: Engine
     loader: Loader
     # Finished steps, and those among them that were skipped for a non-finite loss or gradient.
     step: int = 0
@@ -38,8 +35,8 @@ class RunState:
     def tokens(self) -> int:
         return self.step * self.config.tokens_per_step
 
-    def contents(self, **tensors: dict[str, Tensor]) -> Contents:
-        """Everything that resuming needs, and `tensors` as files of their own."""
+    def contents(self) -> Contents:
+        """Everything that resuming needs."""
         state = {
             "format": FORMAT,
             "step": self.step,
@@ -48,14 +45,13 @@ class RunState:
             "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
             "best_step": self.best_step,
             "loader": self.loader.state_dict(),
-            "optimizer": self.optimizer.scalars(),
+            "optimizer": self.engine.scalars(),
             "rng": random_state.capture(),
-            "hash_recipe": hash_recipe(self.model),
+            "hash_recipe": hash_recipe(self.engine.model),
             **self.identity(),
             "environment": environment(self.device),
         }
-        files = {"model": self.model.state_dict(), "optim": self.optimizer.tensors(), **tensors}
-        return Contents(files, state, self.config, self.data.tokenizer)
+        return Contents(self.engine.tensors(), state, self.config, self.data.tokenizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Raises CheckpointError: other data, tokenizer, hash recipe or shapes; damaged."""
@@ -78,9 +74,7 @@ class RunState:
                     f"{self.config.data.path} has {digest[:12]}...: point data.path to the data that the run started "
                     "with, or choose another run_dir"
                 )
-        checkpoint.fill(self.model)
-        self.optimizer.load_tensors(checkpoint.tensors("optim"))
-        self.optimizer.load_scalars(state["optimizer"])
+        self.engine.restore(checkpoint)
         self.loader.load_state_dict(state["loader"])
         self.step, self.skipped = state["step"], state["skipped"]
         self.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]

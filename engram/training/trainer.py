@@ -1,6 +1,7 @@
 """The training loop: config in, run folder out; killed at any moment, the same command goes on where it stood."""
 
 import errno
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,7 +14,6 @@ from engram.data.errors import DataError
 from engram.data.loader import Batch, Loader, validation_batches
 from engram.model.accounting import count_parameters
 from engram.model.device import choose_device
-from engram.model.evaluation import validation_loss
 from engram.optim.optimizer import build_optimizer
 from engram.optim.schedule import learning_rate
 from engram.training import random_state
@@ -22,6 +22,7 @@ from engram.training.checkpoint import latest_checkpoint, open_checkpoint, save_
 from engram.training.checkpoint_files import write_folder
 from engram.training.clock import Clock
 from engram.training.console import LOG_FILE_ONLY, RunConsole
+from engram.training.engine import LocalEngine
 from engram.training.files import write_atomically
 from engram.training.initial import start_from
 from engram.training.metrics import MetricsFile, read_metrics
@@ -29,8 +30,6 @@ from engram.training.run_folder import RunFolder, RunFolderError
 from engram.training.setup import build_model, configure_process, environment, open_data
 from engram.training.signals import StopRequest
 from engram.training.state import RunState
-from engram.training.statistics import layer_statistics
-from engram.training.step import apply_gradient, compute_gradient, discard_gradient, nonfinite_gradients
 from engram.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -124,7 +123,8 @@ class Trainer:
             config.data.shuffle_seed,
             prefetch=config.data.prefetch,
         )
-        return RunState(config, data, device, model, optimizer, loader)
+        engine = LocalEngine(model, optimizer, device, self.micro_batch_size, config.optim.clip_norm)
+        return RunState(config, data, device, engine, loader)
 
     def _begin(self) -> dict[str, Any]:
         """Go on from the run's latest checkpoint, or start; -> what is worth knowing of where the weights come from."""
@@ -135,7 +135,7 @@ class Trainer:
             self.state.restore(open_checkpoint(saved))
             logger.info("going on from %s", saved)
         elif (given := self.config.train.init_from) is not None:
-            origin = start_from(given, self.config, self.state.model, self.state.data.tokenizer.digest)
+            origin = start_from(given, self.config, self.state.engine.model, self.state.data.tokenizer.digest)
             logger.info("starting from the weights of %s, step %d", origin["checkpoint"], origin["step"])
             return {"init_from": origin}
         return {}
@@ -164,7 +164,7 @@ class Trainer:
         state, train, optim = self.state, self.config.train, self.config.optim
         self._check_tokens(batch)
         lr = learning_rate(state.step, optim, train.steps)
-        gradient = compute_gradient(state.model, batch, self.micro_batch_size, optim.clip_norm, state.device)
+        gradient = state.engine.compute_gradient(batch)
         line: dict[str, Any] = {
             "step": state.step + 1,
             "tokens": state.tokens + self.config.tokens_per_step,
@@ -175,8 +175,8 @@ class Trainer:
         if gradient.finite:
             if train.statistics_every and line["step"] % train.statistics_every == 0:
                 with self.clock.paused():
-                    line |= layer_statistics(state.model, batch, self.micro_batch_size, state.device)
-            apply_gradient(state.model, state.optimizer, lr)
+                    line |= state.engine.layer_statistics(batch)
+            state.engine.apply_gradient(lr)
         else:
             what = f"step {line['step']}: loss {gradient.loss}, gradient norm {gradient.norm}"
             if state.skipped >= train.skip_nonfinite:
@@ -184,7 +184,7 @@ class Trainer:
                 return None
             state.skipped += 1
             logger.warning("%s: skipped, %d of %d", what, state.skipped, train.skip_nonfinite)
-            discard_gradient(state.model, state.optimizer)
+            state.engine.discard_gradient()
         state.step += 1
         return line
 
@@ -196,7 +196,7 @@ class Trainer:
         if evaluate:
             too_large = evaluation_too_large(self.config, self.state.device)
             with self.clock.paused(), explain_out_of_memory(too_large):
-                line["val_loss"] = validation_loss(self.state.model, self._validation_batches(), self.state.device)
+                line["val_loss"] = self.state.engine.validation_loss(self._validation_batches())
             if line["val_loss"] < self.state.best_val_loss:
                 self.state.best_val_loss, self.state.best_step = line["val_loss"], step
         if step == 1 or step % train.log_every == 0 or evaluate or statistics:
@@ -227,16 +227,17 @@ class Trainer:
         logger.error("%s: diverged; %s holds weights, batch and the parameters concerned (state.json)", what, folder)
         # JSON has no NaN.
         failure = {key: repr(value) if key in ("loss", "grad_norm") else value for key, value in line.items()}
-        failure["nonfinite_gradients"] = nonfinite_gradients(state.model)
-        discard_gradient(state.model, state.optimizer)
-        contents = state.contents(batch=batch._asdict())
-        write_folder(folder, replace(contents, state={**contents.state, "failure": failure}))
+        failure["nonfinite_gradients"] = state.engine.nonfinite_gradients()
+        state.engine.discard_gradient()
+        contents = state.contents()
+        tensors = itertools.chain(contents.files(), [("batch", batch._asdict())])
+        write_folder(folder, replace(contents, tensors=tensors, state={**contents.state, "failure": failure}))
 
     def _record_parameters(self) -> None:
         counts = count_parameters(self.config.model)
         table = (
             f"total {counts.total:,} (vocabulary {counts.vocabulary:,} apart), activated {counts.activated:,}, "
-            f"memory {counts.memory:,}, sparse {counts.sparse:,}\n\n{self.state.optimizer.roles_table()}\n"
+            f"memory {counts.memory:,}, sparse {counts.sparse:,}\n\n{self.state.engine.roles_table()}\n"
         )
         train = self.config.train
         logger.info(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engram.config import Config, UserError
-from engram.training import trainer
+from engram.training import engine
 from engram.training.capacity import free_memory
 from engram.training.trainer import Exit, Trainer
 from tests.training.conftest import assert_same_checkpoint, metrics_of
@@ -75,14 +75,14 @@ def test_resuming_is_exact_to_the_bit(make_config: MakeConfig, kind: str, fixed_
 def test_out_of_memory_is_one_message_and_a_run_that_goes_on(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, compute = make_config(train={**GPU, "compile": False}), trainer.compute_gradient
+    config, compute = make_config(train={**GPU, "compile": False}), engine.compute_gradient
     steps = iter(range(1, 100))
 
     def exhaust(*_: object) -> None:
         torch.zeros(2**50, dtype=torch.uint8, device="cuda")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "compute_gradient", lambda *given: (exhaust if next(steps) == 5 else compute)(*given))
+        patch.setattr(engine, "compute_gradient", lambda *given: (exhaust if next(steps) == 5 else compute)(*given))
         with pytest.raises(UserError, match=r"the cuda ran out of memory .* 2 x 32 tokens: lower train"):
             Trainer(config).fit()
     assert (Path(config.run_dir) / "latest").resolve().name == "step_000003"

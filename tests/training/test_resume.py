@@ -111,7 +111,7 @@ def test_random_numbers_go_on_where_they_stood(make_config: MakeConfig, monkeypa
 
 def test_the_best_evaluation_is_remembered(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.25])
-    monkeypatch.setattr("engram.training.trainer.validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr("engram.training.engine.validation_loss", lambda *_: next(losses))
     config = make_config(train={"steps": 8, "eval_every": 2})
     for stop_after in (5, None):
         Trainer(config.replace(train=config.train.replace(stop_after=stop_after))).fit()

@@ -234,7 +234,7 @@ def test_the_terminal_gets_the_run_in_short_and_what_comes_next(
 def test_a_finished_run_that_is_of_no_use_says_so(
     make_config: MakeConfig, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engram.training.trainer.validation_loss", lambda *_: float("nan"))
+    monkeypatch.setattr("engram.training.engine.validation_loss", lambda *_: float("nan"))
     config = make_config(train={"steps": 1})
     assert Trainer(config).fit() is Exit.DONE
     assert "the validation loss is not finite: the model is of no use" in capsys.readouterr().err

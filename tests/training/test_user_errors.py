@@ -12,7 +12,7 @@ import torch
 
 from engram.config import Config, UserError
 from engram.data.manifest import file_digest
-from engram.training import checkpoint_files, metrics, setup, trainer
+from engram.training import checkpoint_files, engine, metrics, setup, trainer
 from engram.training.checkpoint import CheckpointError
 from engram.training.run_folder import RunFolderError
 from engram.training.trainer import Exit, Trainer
@@ -208,10 +208,10 @@ def exhaust(*_: object) -> None:
 
 def test_a_step_beyond_the_memory(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run says what to lower, and goes on from its last checkpoint as if nothing had happened."""
-    config, compute = make_config(train={"micro_batch_size": 2}), trainer.compute_gradient
+    config, compute = make_config(train={"micro_batch_size": 2}), engine.compute_gradient
     steps = iter(range(1, 100))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "compute_gradient", lambda *given: (exhaust if next(steps) == 5 else compute)(*given))
+        patch.setattr(engine, "compute_gradient", lambda *given: (exhaust if next(steps) == 5 else compute)(*given))
         with pytest.raises(UserError) as raised:
             Trainer(config).fit()
     assert str(raised.value) == (
@@ -228,7 +228,7 @@ def test_a_step_beyond_the_memory(make_config: MakeConfig, monkeypatch: pytest.M
 
 
 def test_the_remedies_are_those_that_are_left(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "compute_gradient", exhaust)
+    monkeypatch.setattr(engine, "compute_gradient", exhaust)
     with pytest.raises(UserError, match=r"2 x 32 tokens: lower train\.micro_batch_size \(now 2 .* 4\), and"):
         Trainer(make_config(train={"micro_batch_size": 2, "activation_checkpointing": True})).fit()
     with pytest.raises(UserError, match=r"1 x 32 tokens: lower data\.sequence_length or the size"):
@@ -236,7 +236,7 @@ def test_the_remedies_are_those_that_are_left(make_config: MakeConfig, monkeypat
 
 
 def test_an_evaluation_beyond_the_memory(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "validation_loss", exhaust)
+    monkeypatch.setattr(engine, "validation_loss", exhaust)
     with pytest.raises(UserError, match=r"in an evaluation over 4 x 32 tokens: lower eval\.batch_size, and the"):
         Trainer(make_config()).fit()
 

@@ -1,0 +1,127 @@
+"""The tensors of a checkpoint, whole or by rows, however many files hold them and whoever wrote those.
+
+`model` stands for model.safetensors and any model-*.safetensors beside it; `optim` likewise. A tensor named
+`table[300:400]` holds rows 300 to 399 of `table`; what one process writes is whole. So any number of ranks reads what
+any other number wrote.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engram.config import UserError
+
+_ROWS = re.compile(r"(?P<name>.+)\[(?P<first>\d+):(?P<stop>\d+)\]")
+
+
+class TensorFilesError(UserError):
+    """Files of tensors that cannot be read, or lack something; the message names the file."""
+
+
+def rows_key(name: str, first: int, stop: int) -> str:
+    """The name under which rows `first` to `stop` - 1 of the tensor `name` are written."""
+    return f"{name}[{first}:{stop}]"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a tensor that one file holds."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    first: int
+    stop: int
+
+
+@dataclass
+class _Stored:
+    """A tensor, as its pieces in the order of rows."""
+
+    pieces: list[_Piece] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        last = self.pieces[-1]
+        return (last.stop, *last.shape[1:]) if last.shape else ()
+
+
+class TensorFiles:
+    """Random access to the tensors of `folder`'s files called `kind`. Reads headers at once and values when asked.
+
+    Raises TensorFilesError: a file that cannot be read, rows that no file holds or that two files hold.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._stored: dict[str, _Stored] = {}
+        for path in (folder / f"{kind}.safetensors", *sorted(folder.glob(f"{kind}-*.safetensors"))):
+            for piece, name in _pieces(path):
+                self._stored.setdefault(name, _Stored()).pieces.append(piece)
+        for name, stored in self._stored.items():
+            stored.pieces.sort(key=lambda piece: piece.first)
+            _check_rows(name, stored.pieces)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor, whole."""
+        return {name: stored.shape for name, stored in self._stored.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor."""
+        pieces = self._stored[name].pieces
+        parts = [_read(piece) for piece in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, whole."""
+        return {name: self.tensor(name) for name in self._stored}
+
+    def rows(self, name: str, first: int, stop: int, at_once: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows `first` to `stop` - 1 in order, as (number of the first row, rows): `at_once` rows at most each time."""
+        for piece in self._stored[name].pieces:
+            start, end = max(first, piece.first), min(stop, piece.stop)
+            for row in range(start, end, at_once):
+                upto = min(row + at_once, end)
+                yield row, _read(piece, slice(row - piece.first, upto - piece.first))
+
+
+def _pieces(path: Path) -> Iterator[tuple[_Piece, str]]:
+    with _opened(path) as file:
+        for key in sorted(file.keys()):
+            shape = tuple(file.get_slice(key).get_shape())
+            match = _ROWS.fullmatch(key)
+            if match is None:
+                yield _Piece(path, key, shape, 0, shape[0] if shape else 1), key
+            else:
+                yield _Piece(path, key, shape, int(match["first"]), int(match["stop"])), match["name"]
+
+
+def _check_rows(name: str, pieces: list[_Piece]) -> None:
+    row = 0
+    for piece in pieces:
+        if piece.first != row:
+            what = "rows {} to {} are in no file" if piece.first > row else "row {1} is in two files"
+            raise TensorFilesError(f"{piece.path}: of {name}, {what.format(row, piece.first - (piece.first > row))}")
+        if piece.shape and piece.stop - piece.first != piece.shape[0]:
+            raise TensorFilesError(f"{piece.path}: {piece.key} holds {piece.shape[0]} rows")
+        row = piece.stop
+
+
+def _read(piece: _Piece, rows: slice | None = None) -> Tensor:
+    with _opened(piece.path) as file:
+        return file.get_tensor(piece.key) if rows is None else file.get_slice(piece.key)[rows]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise TensorFilesError(f"{path}: cannot be read ({error})") from None
