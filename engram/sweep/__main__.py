@@ -169,7 +169,7 @@ def retry(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     if not again:
-        print("no other run has failed or was lost: nothing to retry", file=sys.stderr)
+        print(f"no {'other ' if left else ''}run has failed or was lost: nothing to retry", file=sys.stderr)
         return 1 if left else 0
     return run_all(again, pool, jobs=options.jobs, fail_fast=options.fail_fast)
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def words(point: dict[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """A value of an axis; large floating-point numbers without a row of zeros: 3000000000.0 -> 3e9."""
-    if not isinstance(value, float) or abs(value) < 1e6:
+    if not isinstance(value, float) or abs(value) < 1e6 or not math.isfinite(value):
         return str(value)
     mantissa, exponent = f"{value:.15e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -28,10 +28,9 @@ from engram.sweep.paired import (
     Interval,
     additive,
     central_interval,
-    paired_difference,
     resampled_means,
 )
-from engram.sweep.simultaneous import tied_with
+from engram.sweep.simultaneous import differences, tied_with
 from engram.sweep.u_curve import ACTIVATED_SHARE, Family, Parabola, TwoTerm, fit_parabola
 
 Array = NDArray[np.float64]
@@ -81,7 +80,8 @@ class Allocation:
     # resolved from it, all compared at once.
     best: float
     tied: tuple[float, ...]
-    # The best measured ratio minus rho = 1, as measured; None where rho = 1 was not.
+    # The best measured ratio minus rho = 1, as measured, with an interval that holds whichever ratio is the best; None
+    # where rho = 1 is the best itself, or was not measured.
     against_moe: Difference | None
     # None where the ratio lies outside the measured range.
     regret_moe: Regret | None
@@ -177,7 +177,7 @@ def judge(
         at_ends=ends,
         best=float(rho[best]),
         tied=tuple(float(rho[index]) for index in tied),
-        against_moe=paired_difference(loss[best], loss[-1], level) if high == 1 else None,
+        against_moe=_from_last(loss, best, level) if high == 1 else None,
         regret_moe=costs.at(1.0),
         regret_parabola=at_parabola,
         regret_paper=costs.at(PAPERS_CHOICE),
@@ -197,6 +197,12 @@ def _finished(rho: Array, loss: Array) -> tuple[Array, Array]:
         raise UserError(f"a curve through {len(np.unique(rho))} ratios cannot be judged: finish runs at 3 or more")
     order = np.argsort(rho)
     return rho[order], loss[order]
+
+
+def _from_last(loss: Array, best: int, level: float) -> Difference | None:
+    """The point `best` minus the last one."""
+    last = len(loss) - 1
+    return None if best == last else differences(loss, [(index, last) for index in range(last)], level)[best]
 
 
 def _lowest(loss: Array, means: Array) -> int:

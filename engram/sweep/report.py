@@ -13,7 +13,7 @@ from engram.sweep.figures.scaling import scaling_figure
 from engram.sweep.report_tables import counted_table, folded, origin_table, points_table, run_list
 from engram.sweep.spec import Sweep, SweepError
 from engram.sweep.study import PartView, Study, write_fits
-from engram.sweep.tables import Row, read_table
+from engram.sweep.tables import CURVE, Row, read_table
 from engram.sweep.views.allocation import AllocationView
 from engram.sweep.views.bars import Bars
 from engram.sweep.views.lines import Lines
@@ -30,7 +30,7 @@ def write(sweep: Sweep) -> Path:
     study = write_fits(sweep)
     rows = read_table(sweep.out / "runs.parquet")
     curves: dict[str, list[Row]] = {}
-    for line in read_table(sweep.out / "curves.parquet"):
+    for line in read_table(sweep.out / "curves.parquet", CURVE):
         curves.setdefault(line["run_id"], []).append(line)
     path = sweep.out / "report.html"
     try:
@@ -123,7 +123,7 @@ def figures_of(view: PartView, folder: Path) -> Iterator[tuple[SavedFigure, str]
         diamonds = _PAPERS_CHANGES if any(bar.paper is not None for bar in view.bars) else ""
         yield (
             bars_figure(view, folder),
-            f"Differences of runs of the same seed, with {LEVEL:.0%} intervals (Student's t). {diamonds}",
+            f"Differences of runs of the same seed; the {LEVEL:.0%} intervals hold for all of them at once. {diamonds}",
         )
 
 
@@ -143,12 +143,13 @@ def _certainty(page: Page, study: Study) -> None:
     page.section(
         "How sure this is",
         f"All intervals hold with {LEVEL:.0%}. Runs of one seed see the same batches in the same order, so that "
-        "differences are taken within seeds: Student's t over seeds for a difference, a bootstrap over seeds for the "
-        "place of a minimum and for a slope. They cover the choice of seed and nothing else: not the corpus, not the "
-        "model's size. What is not resolved from the lowest point is said for all points at once, with one noise for "
-        f"all of them: of points that are equal, none is taken for worse in {LEVEL:.0%} of cases. Differences from a "
-        "reference are each on their own: of many that are none, one in ten passes as resolved, and the lowest of "
-        "many lies a little too low.",
+        "differences are taken within seeds; a bootstrap over seeds gives the place of a minimum and a slope. They "
+        "cover the choice of seed and nothing else: not the corpus, not the model's size. Differences from a reference "
+        "hold all at once (Dunnett), and so does what is not resolved from the lowest point (Tukey): of points that "
+        f"are equal, in {LEVEL:.0%} of cases none is taken for better or worse, however many there are and whichever "
+        "is picked. Both take one noise for all points of a part; where a difference's own seeds scatter by more, its "
+        "own interval (Student's t) stands. The largest table's difference from none, and the error bars of single "
+        "points, are each on their own.",
     )
     rows = []
     for name, view in study.views.items():

@@ -83,7 +83,7 @@ class Submission:
         said = [f"damaged: {run.id} ({run.label}): {wrong}" for run, wrong in self.damaged]
         said += [f"queued already as job {job}: {run.id} ({run.label})" for run, job in self.queued]
         if not self.jobs:
-            return [*said, "no other run is pending or lost: nothing to submit"]
+            return [*said, f"no {'other ' if said else ''}run is pending or lost: nothing to submit"]
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
         said += [f"{job or 'would submit'}  {run.id}  {run.label}" for run, job in self.jobs]
         said.append(f"{counted(len(self.jobs), 'run')} to {self.cluster} with {settings}")

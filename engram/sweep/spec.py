@@ -2,11 +2,12 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from engram.config import Config, Count, Name, Positive, Seed, Settings
 from engram.config_file import UserError, explain, read_mapping
@@ -120,9 +121,9 @@ class Part(Settings):
                 _check_number(f"axes.{name}", value)
         elif "." not in name and name not in Config.model_fields:
             near = difflib.get_close_matches(name, DERIVED_AXES, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = f" did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"axes.{name}: unknown axis; {hint}A list belongs to {', '.join(DERIVED_AXES)} or a dotted setting "
+                f"axes.{name}: unknown axis;{hint} a list belongs to {', '.join(DERIVED_AXES)} or a dotted setting "
                 "such as optim.lr; a mapping of names to settings may have any name"
             )
 
@@ -145,10 +146,16 @@ class SlurmConfig(Settings):
     additional: dict[str, str | int | float] = {}
 
 
+def _folder_name(name: str) -> str:
+    if not name or "/" in name or name in (".", ".."):
+        raise ValueError(f"is {name!r}, but must be the name of a folder below results: give another")
+    return name
+
+
 class Sweep(Settings):
     """A sweep's file, with every part's defaults filled in from the top level."""
 
-    name: Annotated[str, Field(pattern=r"^[^/]+$")]
+    name: Annotated[str, AfterValidator(_folder_name)]
     parts: Annotated[dict[Name, Part], Field(min_length=1)]
     # Run folders by run id, shared by all sweeps.
     pool: Path = Path("runs/pool")
@@ -177,6 +184,7 @@ def load_sweep(path: str | Path) -> Sweep:
         sweep = Sweep.model_validate(tree)
     except ValidationError as error:
         raise SweepError("\n".join(f"{path}: {line}" for line in explain(error, Sweep))) from None
+    _check_file_names(f"{path}: parts", sweep.parts)
     for name, part in sweep.parts.items():
         for axis, values in part.axes.items():
             if isinstance(values, dict):
@@ -185,6 +193,23 @@ def load_sweep(path: str | Path) -> Sweep:
             _check_reference(f"{path}: parts.{name}.reference", name, part.reference, sweep)
     # Relative to the sweep's file; an absolute path stays as it is.
     return sweep.replace(parts={name: part.replace(base=path.parent / part.base) for name, part in sweep.parts.items()})
+
+
+def file_name(*words: str) -> str:
+    """Words of a part's name as a file's name, letters of all scripts kept."""
+    return "_".join(filter(None, (re.sub(r"[\W_]+", "_", word).strip("_") for word in words)))
+
+
+def _check_file_names(where: str, parts: Iterable[str]) -> None:
+    """No part's figures overwrite those of another: there are two of each, the part's own and that of its runs."""
+    taken: dict[str, str] = {}
+    for part in parts:
+        for name in (file_name(part), file_name(part, "runs")):
+            if not file_name(part):
+                raise SweepError(f"{where}: {part!r} names no file, as it has no letter and no digit: rename it")
+            if name in taken:
+                raise SweepError(f"{where}: {taken[name]} and {part} would both write a figure {name}: rename one")
+        taken |= {file_name(part): part, file_name(part, "runs"): part}
 
 
 def _check_told_apart(where: str, values: dict[str, dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from engram.sweep.grid import Run, expand
 from engram.sweep.spec import Part, Sweep, SweepError, View
-from engram.sweep.tables import Row, axis_cell, axis_column, read_table, write_whole
+from engram.sweep.tables import WHAT, WHO, Row, axis_cell, axis_column, read_table, write_whole
 from engram.sweep.views.allocation import allocation_view
 from engram.sweep.views.bars import bars_view
 from engram.sweep.views.lines import lines_view
@@ -73,7 +73,7 @@ def fits(sweep: Sweep, rows: Sequence[Row]) -> Study:
 def write_fits(sweep: Sweep) -> Study:
     """Fit what `collect` wrote, and write `out`/fits.json. Raises SweepError: it wrote the runs of another sweep."""
     path = sweep.out / "runs.parquet"
-    rows, runs = read_table(path), expand(sweep)
+    rows, runs = read_table(path, [*WHO, *WHAT]), expand(sweep)
     different = [run for run, row in zip(runs, rows, strict=False) if not _is_row_of(row, run)]
     if different or len(rows) != len(runs):
         first = f", first {different[0].part} {different[0].label}" if different else ""

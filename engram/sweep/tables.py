@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +78,19 @@ def write_curves(rows: Sequence[Row], folder: Path) -> None:
     _write_parquet(rows, CURVE, folder / "curves.parquet")
 
 
-def read_table(path: Path) -> list[Row]:
-    """Rows of a parquet table, in its order. Raises SweepError where `collect` has not written it."""
+def read_table(path: Path, columns: Iterable[str] = ()) -> list[Row]:
+    """Rows of a parquet table, in its order. Raises SweepError: `collect` has not written it, or not these columns."""
     try:
-        return pq.read_table(path).to_pylist()
+        table = pq.read_table(path)
     except FileNotFoundError:
         raise SweepError(f"{path}: is missing: {_WRITE}") from None
     except (OSError, pa.ArrowException) as error:
         raise SweepError(
             f"{path}: cannot be read ({error}): write it anew with python -m engram.sweep collect"
         ) from None
+    if lacking := [name for name in columns if name not in table.column_names]:
+        raise SweepError(f"{path}: has no column {lacking[0]}: write it anew with python -m engram.sweep collect")
+    return table.to_pylist()
 
 
 def write_whole(path: Path, content: bytes) -> None:

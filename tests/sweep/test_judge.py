@@ -10,6 +10,7 @@ from engram.config_file import UserError
 from engram.sweep import paper
 from engram.sweep.judge import Allocation, judge
 from engram.sweep.move import compare
+from engram.sweep.simultaneous import differences
 from engram.sweep.u_curve import Array
 
 RHO = np.array([0.11, 0.21, 0.36, 0.5, 0.61, 0.75, 0.86, 0.93, 1.0])
@@ -59,6 +60,20 @@ def test_costs_carry_intervals() -> None:
     for regret, true in ((found.regret_moe, 0.05), (found.regret_paper, curve(np.array([0.8]))[0] - 3.3)):
         assert 0 <= regret.interval[0] <= true <= regret.interval[1] < true + 0.01
     assert found.against_moe.low < found.against_moe.mean < found.against_moe.high < 0
+
+
+def test_the_gain_of_the_best_is_one_of_all_ratios_differences() -> None:
+    """Not a paired interval of its own, which forgets that the best was picked."""
+    loss = curve(RHO)[:, None] + np.random.normal(0, 0.01, (9, 3)) + np.array([0.0, 0.1, -0.2])
+    found = judge(RHO, loss, samples=9)
+    best = int(loss.mean(axis=1).argmin())
+    assert found.best == RHO[best] != 1
+    assert found.against_moe == differences(loss, [(index, 8) for index in range(8)])[best]
+
+
+def test_experts_alone_gain_nothing_over_themselves() -> None:
+    found = judge(RHO, (3 + 0.1 * (0.1 + RHO) ** -0.5)[:, None] + np.array([0.0, 0.1, -0.2]), samples=9)
+    assert found.best == 1 and found.against_moe is None
 
 
 @pytest.mark.parametrize("seeds", [2, 3])

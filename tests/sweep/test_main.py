@@ -67,6 +67,7 @@ def test_from_file_to_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     [
         (["plan"], dict(axes={"rhoo": [1]}), "did you mean 'rho'?"),
         (["plan"], dict(derive="allocation", axes={"rho": [2]}), "rho is 2: feasible are ratios from"),
+        (["plan"], dict(axes={"optim.lr": [float("inf")]}), "optim.lr=inf: config: optim.lr: is inf, but must be"),
         (["run", "--part", "x"], {}, "has no part 'x'"),
         (["collect", "--require-all"], {}, "1 missing run, but --require-all asks for all"),
     ],
@@ -151,6 +152,15 @@ def test_runs_in_another_folder_are_warned_of(
     assert "from here, everything is trained again" in error and f"cd {tmp_path / 'project'} first" in error
     monkeypatch.chdir(tmp_path / "project")
     assert main(["plan", str(path)]) == 0 and capsys.readouterr().err == ""
+
+
+def test_a_table_of_another_kind_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write_sweep(tmp_path)
+    assert main(["collect", str(path)]) == 0
+    (tmp_path / "out" / "curves.parquet").replace(tmp_path / "out" / "runs.parquet")
+    capsys.readouterr()
+    assert main(["fit", str(path)]) == 2
+    assert "runs.parquet: has no column part: write it anew" in capsys.readouterr().err
 
 
 def test_retry_leaves_diverged_runs_alone_and_says_so(

@@ -1,11 +1,11 @@
-"""Comparisons with the best of many: how often equal points are told apart, and that real differences still are."""
+"""Comparisons of many points: how often equal ones are told apart, and that real differences still are."""
 
 import numpy as np
 import pytest
 from scipy.stats import studentized_range
 
 from engram.sweep.paired import additive, paired_difference
-from engram.sweep.simultaneous import critical_value, tied_with
+from engram.sweep.simultaneous import critical_value, differences, tied_with
 
 ALL = tuple(range(10))
 
@@ -71,3 +71,68 @@ def test_nothing_is_resolved_where_nothing_is_known() -> None:
     assert tied_with(loss, 0) == (2, 3)
     # A point without any run is no point.
     assert tied_with(np.vstack([loss[:2, :2], [[np.nan, np.inf]]]), 0) == ()
+
+
+def from_first(points: int) -> list[tuple[int, int]]:
+    return [(index, 0) for index in range(1, points)]
+
+
+@pytest.mark.parametrize(("points", "seeds", "expected"), [(3, 11, 2.38), (5, 6, 2.65), (6, 5, 2.73)])
+def test_differences_from_one_reference_are_dunnetts(points: int, seeds: int, expected: float) -> None:
+    """His table, two-sided at 95 %, for 20 degrees of freedom; a pair whose own seeds agree well has no more."""
+    loss = runs(points=points, seeds=seeds)
+    unit = additive(loss).noise * np.sqrt(2 / seeds)
+    halves = [(found.high - found.low) / 2 / unit for found in differences(loss, from_first(points), level=0.95)]
+    assert min(halves) == pytest.approx(expected, rel=0.03)
+
+
+def test_a_single_difference_is_students() -> None:
+    loss = runs(points=2)
+    (found,), alone = differences(loss, [(1, 0)]), paired_difference(loss[1], loss[0])
+    assert (found.mean, found.n, found.resolved) == (alone.mean, 3, alone.resolved)
+    assert found.high - found.mean == pytest.approx(alone.high - alone.mean, rel=0.03)
+    assert found.high >= alone.high and found.mean - found.low == pytest.approx(found.high - found.mean)
+
+
+def test_no_equal_point_is_taken_for_another_as_often_as_the_level_says() -> None:
+    """Of seven changes that change nothing, each on its own, one passes as resolved in nearly half of all studies."""
+    together, alone = [], []
+    for _ in range(150):
+        loss = runs(points=8)
+        together.append(any(found.resolved for found in differences(loss, from_first(8))))
+        alone.append(any(paired_difference(row, loss[0]).resolved for row in loss[1:]))
+    assert np.mean(together) < 0.15 and np.mean(alone) > 0.3
+
+
+def test_the_lowest_of_many_may_be_picked() -> None:
+    """Of ten equal points, the lowest minus the last: on its own it passes as a gain too often."""
+    together, alone = [], []
+    for _ in range(150):
+        loss = runs()
+        best = int(loss[:9].mean(axis=1).argmin())
+        together.append(differences(loss, [(index, 9) for index in range(9)])[best].resolved)
+        alone.append(paired_difference(loss[best], loss[9]).resolved)
+    assert np.mean(together) < 0.12 and np.mean(alone) > 0.12
+
+
+def test_a_noisy_reference_does_not_hide_behind_the_others() -> None:
+    """Pooled over all, its noise would be too small: three of ten intervals would miss."""
+    covered = []
+    for _ in range(100):
+        loss = runs(points=8)
+        loss[0] += np.random.normal(0, 6, 3)
+        covered += [found.low <= 0 <= found.high for found in differences(loss, from_first(8))]
+    assert np.mean(covered) > 0.88
+
+
+def test_differences_around_missing_runs() -> None:
+    """Means are over the seeds that both have; what one seed says has no interval, whatever is known of the noise."""
+    loss = runs(points=6)
+    loss[1, 0], loss[2, :2], loss[3] = np.inf, np.nan, np.nan
+    two, one, none, *whole = differences(loss, from_first(6))
+    assert two.n == 2 and two.mean == pytest.approx(np.mean(loss[1, 1:] - loss[0, 1:]))
+    assert (one.n, one.low, one.resolved) == (1, None, False) and none is None
+    assert [found.n for found in whole] == [3, 3]
+    assert two.high - two.low > min(found.high - found.low for found in whole)
+    # Without a second seed anywhere there is no noise to tell differences from.
+    assert [found.low for found in differences(loss[4:, :1], [(1, 0)])] == [None]

@@ -186,7 +186,7 @@ def test_submitting_to_the_local_executor(tmp_path: Path) -> None:
     wait_until(lambda: pool.state(runs[0]).status == "failed")
     assert "absent.txt" in pool.state(runs[0]).message
     again = slurm.submit(runs, pool, SlurmConfig(), cluster="local")
-    assert again.jobs == [] and again.lines() == ["no other run is pending or lost: nothing to submit"]
+    assert again.jobs == [] and again.lines() == ["no run is pending or lost: nothing to submit"]
 
 
 def test_a_dry_run_submits_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from engram.sweep import paper
 from engram.sweep.paired import paired_difference
+from engram.sweep.simultaneous import differences
 from engram.sweep.spec import Part, Sweep, SweepError
 from engram.sweep.study import Study, fits, print_fits, write_fits
 from engram.sweep.tables import Row
@@ -98,6 +99,17 @@ def test_differences_are_paired_by_seed(study: Study, rows: list[Row]) -> None:
     resolved = {bar.label: bar.difference and bar.difference.resolved for bar in view.bars}
     assert resolved == {"no memory": True, "no conv": False, "no gate": True}
     assert view.findings[0].startswith("2 of 3 differences from full are resolved; the largest: no memory, +0.1")
+
+
+def test_differences_hold_for_all_points_of_a_part_at_once(study: Study) -> None:
+    """The reference's runs count once among them, also where it lies in another part."""
+    changes, place = study.views["changes"], study.views["place"]
+    assert isinstance(changes, Bars) and isinstance(place, Lines)
+    loss = changes.points.loss
+    assert [bar.difference for bar in changes.bars] == differences(loss, [(index, 0) for index in (1, 2, 3)])
+    beside = np.vstack([place.points.loss, loss[changes.points.axis("variant").index("no memory")]])
+    gain, expected = place.contests[0].gain, differences(beside, [(index, 3) for index in (0, 1, 2)])[1]
+    assert gain and expected and (gain.low, gain.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
 
 
 def test_lines_name_the_best_and_compare_with_another_parts_reference(study: Study) -> None:
@@ -285,7 +297,7 @@ def test_a_reference_must_exist(sweep: Sweep, rows: list[Row], reference: dict[s
 
 def test_a_reference_keeps_the_points_other_axes() -> None:
     losses = {("a", "short"): 5.0, ("b", "short"): 5.25, ("a", "long"): 4.0, ("b", "long"): 4.5}
-    table = [table_row("p", 0, loss, v=v, budget=b) for (v, b), loss in losses.items()]
+    table = [table_row("p", 0, loss, v=v, budget=b) | {"run_id": v + b} for (v, b), loss in losses.items()]
     part = Part(
         base=Path("x"), axes={"v": {"a": {}, "b": {}}, "budget": {"short": {}, "long": {}}}, reference={"v": "a"}
     )
@@ -294,6 +306,13 @@ def test_a_reference_keeps_the_points_other_axes() -> None:
         ("b, short", "a, short", 0.25),
         ("b, long", "a, long", 0.5),
     ]
+
+
+def test_a_point_that_is_alone_is_compared_with_nothing() -> None:
+    part = Part(base=Path("x"), view="lines")
+    alone = {"p": points([table_row("p", 0, 4.0)], "p", part.axes)}
+    assert lines_view("p", part, alone).findings == ["the only point: no other finished point to compare it with"]
+    assert bars_view("p", part, alone).findings == ["the only point: nothing to compare it with"]
 
 
 def test_the_complete_part_of_a_grid_keeps_most_runs() -> None:

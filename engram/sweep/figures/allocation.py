@@ -15,12 +15,12 @@ from engram.sweep.figures.drawing import (
     colour,
     draw_diverged,
     draw_points,
-    file_name,
     headroom,
     legend_below,
     panels,
     set_title,
 )
+from engram.sweep.spec import file_name
 from engram.sweep.views.allocation import AllocationView, Curve
 from engram.sweep.views.spread import LEVEL, spread
 

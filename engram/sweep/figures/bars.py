@@ -10,8 +10,9 @@ from matplotlib.patches import Patch
 from engram.report.figure import SavedFigure, new_figure, save
 from engram.report.style import COLOURS, INK, MUTED, PAPER, applied
 from engram.report.text import counted
-from engram.sweep.figures.drawing import Data, file_name, legend_below, set_title
+from engram.sweep.figures.drawing import Data, legend_below, set_title
 from engram.sweep.paired import Difference
+from engram.sweep.spec import file_name
 from engram.sweep.views.bars import Bar, Bars
 from engram.sweep.views.spread import LEVEL
 from engram.sweep.words import capital, signed

@@ -1,6 +1,5 @@
 """What the drawings of a study have in common."""
 
-import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -56,11 +55,6 @@ class Data:
 
 # What `Data.add_runs` fills.
 RUN_COLUMNS = ("seed", "loss", "mean", "half_interval", "loss_without_seed_level")
-
-
-def file_name(*words: str) -> str:
-    """Words of a part's name as a file's name."""
-    return "_".join(filter(None, (re.sub(r"[^A-Za-z0-9]+", "_", word).strip("_") for word in words)))
 
 
 def panels(count: int, *, columns: int = 2, height: float = 2.6) -> tuple[Figure, list[Axes], list[Axes]]:

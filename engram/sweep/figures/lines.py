@@ -17,7 +17,6 @@ from engram.sweep.figures.drawing import (
     draw_baseline,
     draw_diverged,
     draw_points,
-    file_name,
     headroom,
     legend_below,
     moved,
@@ -25,6 +24,7 @@ from engram.sweep.figures.drawing import (
     set_title,
     single,
 )
+from engram.sweep.spec import file_name
 from engram.sweep.views.lines import Contest, Line, Lines
 from engram.sweep.views.spread import Spread, spread
 from engram.sweep.words import capital

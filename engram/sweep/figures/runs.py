@@ -9,7 +9,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from engram.report.figure import SavedFigure, save
 from engram.report.style import COLOURS, applied
-from engram.sweep.figures.drawing import Data, file_name, panels
+from engram.sweep.figures.drawing import Data, panels
+from engram.sweep.spec import file_name
 from engram.sweep.tables import Row
 
 # All memory to all experts; no shade of it fades into a light or a dark page.

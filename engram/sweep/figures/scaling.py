@@ -16,12 +16,12 @@ from engram.sweep.figures.drawing import (
     draw_baseline,
     draw_diverged,
     draw_points,
-    file_name,
     headroom,
     legend_below,
     panels,
     set_title,
 )
+from engram.sweep.spec import file_name
 from engram.sweep.views.points import Losses
 from engram.sweep.views.scaling import Growth, ScalingView
 from engram.sweep.views.spread import Spread, spread

@@ -49,7 +49,7 @@ class Curve:
         if self.judged is None:
             return f"{self.points.count}, {_FEWEST} ratios are needed for a curve"
         text = self.judged.says
-        if self.judged.against_moe is not None and self.judged.best != 1:
+        if self.judged.against_moe is not None:
             text += f"; measured at {self.judged.best:.2f}: {compared(self.judged.against_moe, 'experts only')}"
         return text
 

@@ -1,4 +1,4 @@
-"""Differences of each point from a reference, paired by seed."""
+"""Differences of each point from a reference, paired by seed, with intervals for all of them at once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from engram.sweep.paired import Difference
 from engram.sweep.spec import Part
 from engram.sweep.views.head import NONE, divergence, head, lost_runs, summaries
 from engram.sweep.views.points import Points
-from engram.sweep.views.reference import difference_from, is_same, reference_point
+from engram.sweep.views.reference import differences_from, is_same, reference_point
 from engram.sweep.words import interval, signed
 
 
@@ -54,6 +54,8 @@ class Bars:
 
     @property
     def says(self) -> str:
+        if len(self.points.rows) == 1 and not self.bars:
+            return f"{self.points.label(0)}: nothing to compare it with"
         if not self.measured:
             return "no finished run beside its reference yet"
         if all(difference.n < 2 for _, difference in self.measured):
@@ -118,20 +120,18 @@ class Bars:
 def bars_view(name: str, part: Part, everything: Mapping[str, Points]) -> Bars:
     """A bar for each point but the references themselves, in the order of the file."""
     points, reported = everything[name], paper.ablations() if part.paper else {}
-    bars = []
-    for index in range(len(points.rows)):
-        held = reference_point(part, name, index, everything)
-        if held is None or is_same(points, index, *held):
-            continue
-        label, (other, at) = points.label(index), held
-        bars.append(
-            Bar(
-                label=label,
-                reference=other.label(at),
-                difference=difference_from(points, index, other, at),
-                paper=reported.get(label),
-                diverged=points.diverged[index],
-                reference_diverged=other.diverged[at],
-            )
+    references = ((index, reference_point(part, name, index, everything)) for index in range(len(points.rows)))
+    held = {index: found for index, found in references if found and not is_same(points, index, *found)}
+    found = differences_from(points, held)
+    bars = [
+        Bar(
+            label=points.label(index),
+            reference=other.label(at),
+            difference=found[index],
+            paper=reported.get(points.label(index)),
+            diverged=points.diverged[index],
+            reference_diverged=other.diverged[at],
         )
+        for index, (other, at) in held.items()
+    ]
     return Bars(name, points, tuple(bars))

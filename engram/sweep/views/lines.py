@@ -12,7 +12,7 @@ from engram.sweep.simultaneous import tied_with
 from engram.sweep.spec import Part
 from engram.sweep.views.head import NONE, divergence, head, lost_runs, named, summaries
 from engram.sweep.views.points import Losses, Points
-from engram.sweep.views.reference import difference_from, is_same, reference_point
+from engram.sweep.views.reference import differences_from, is_same, reference_point
 from engram.sweep.words import compared, listed
 
 # Lines further apart than this many times their own range are no competitors: each is read on its own.
@@ -37,7 +37,8 @@ class Contest:
     # The point of the lowest mean, and those that are not resolved from it, all compared at once.
     best: str
     tied: tuple[str, ...]
-    # The best minus the reference; None without one, and where the reference itself is the best.
+    # The best minus the reference, with the interval of all points' differences from it at once; None without a
+    # reference, and where that itself is the best.
     gain: Difference | None
     reference: str | None
     is_reference: bool
@@ -48,7 +49,7 @@ class Contest:
     @property
     def says(self) -> str:
         if self.finished < 2:
-            return f"{self.best} alone is finished: nothing to compare"
+            return f"{self.best}: no other finished point to compare it with"
         text = f"lowest at {self.best}"
         if self.gain is not None and self.reference is not None:
             text += f", {compared(self.gain, self.reference)}"
@@ -140,7 +141,7 @@ def lines_view(name: str, part: Part, everything: Mapping[str, Points]) -> Lines
 
 
 def _line(label: str, curve: Points, axis: str, numeric: bool) -> Line:
-    values = curve.axis(axis) if axis else [""] * len(curve.rows)
+    values = curve.axis(axis) if axis else [curve.label(index) for index in range(len(curve.rows))]
     places = [(_number(value) or 0.0) if numeric else float(index) for index, value in enumerate(values)]
     order = sorted(range(len(places)), key=places.__getitem__)
     ticks = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
@@ -164,12 +165,13 @@ def _contest(lines: Sequence[Line], held: tuple[Points, int] | None) -> Contest:
     labels = [f"{tick} ({line.name})" if len(lines) > 1 else tick for line in lines for tick in line.ticks]
     best = whole.lowest()
     same = [index for index in range(len(labels)) if held and is_same(whole, index, *held)]
+    others = {index: held for index in range(len(labels)) if held and index not in same}
     return Contest(
         lines=tuple(lines),
         best=labels[best],
         # What lies between the best and the reference is said by their own difference.
         tied=tuple(labels[index] for index in tied_with(whole.loss, best) if index not in same),
-        gain=difference_from(whole, best, *held) if held and best not in same else None,
+        gain=differences_from(whole, others)[best] if best in others else None,
         reference=held[0].label(held[1]) if held else None,
         is_reference=best in same,
         seeds=int(np.isfinite(whole.loss).any(axis=0).sum()),

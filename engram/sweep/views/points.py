@@ -46,8 +46,8 @@ class Points:
         return self.column(axis_column(name))
 
     def label(self, index: int) -> str:
-        """The point's values of all axes, without the axes' names."""
-        return ", ".join(str(self.rows[index][axis_column(axis)]) for axis in self.axes)
+        """The point's values of all axes, without the axes' names; of a part without axes, its only point."""
+        return ", ".join(str(self.rows[index][axis_column(axis)]) for axis in self.axes) or "the only point"
 
     def find(self, point: Mapping[str, Any]) -> int | None:
         """Index of the first point that has these values, whatever its other axes say."""

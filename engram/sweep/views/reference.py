@@ -1,10 +1,13 @@
-"""Which point others are compared with, and the difference from it, paired by seed."""
+"""Which point others are compared with, and the differences from it, paired by seed."""
 
 from collections.abc import Mapping
 
-from engram.sweep.paired import Difference, paired_difference
+import numpy as np
+
+from engram.sweep.paired import Difference
+from engram.sweep.simultaneous import differences
 from engram.sweep.spec import Part, SweepError
-from engram.sweep.views.points import Points
+from engram.sweep.views.points import Losses, Points
 
 
 def reference_point(part: Part, name: str, index: int, everything: Mapping[str, Points]) -> tuple[Points, int] | None:
@@ -40,6 +43,21 @@ def is_same(points: Points, index: int, other: Points, other_index: int) -> bool
     return own is theirs or own["run_id"] == theirs["run_id"]
 
 
-def difference_from(points: Points, index: int, other: Points, other_index: int) -> Difference | None:
-    """Point minus reference over the seeds that both have; None where there are none."""
-    return paired_difference(points.loss[index], other.by_seed(other_index, points.seeds))
+def differences_from(points: Points, held: Mapping[int, tuple[Points, int]]) -> dict[int, Difference | None]:
+    """Points minus their references `held`, by position, with intervals that hold for all of them at once.
+
+    None where no seed has both.
+    """
+    # A run counts once, however many points and parts ask for it.
+    places: dict[str, int] = {}
+    losses: list[Losses] = []
+
+    def place(of: Points, at: int) -> int:
+        run = of.rows[at]["run_id"]
+        if run not in places:
+            places[run] = len(losses)
+            losses.append(of.by_seed(at, points.seeds))
+        return places[run]
+
+    pairs = [(place(points, index), place(*reference)) for index, reference in held.items()]
+    return dict(zip(held, differences(np.array(losses), pairs), strict=True))

@@ -1,7 +1,8 @@
 """Means over seeds, with intervals that are made for comparing points with each other.
 
 Runs of one seed see the same batches, so that a seed which is worse at one point is worse at all of them. That common
-level is taken away before the spread is measured (Cousineau 2005, with Morey's correction).
+level is taken away before the spread is measured (Cousineau 2005, with Morey's correction). Each interval is its own
+point's, so that a noisy point shows; which points differ is said by `simultaneous`, for all of them at once.
 """
 
 from dataclasses import dataclass
