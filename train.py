@@ -48,6 +48,10 @@ def train(path: str, overrides: list[str]) -> int:
 
     try:
         config = load_config(path, overrides)
+        if config.distributed is not None:
+            from engram.training.ranked import train_on_ranks
+
+            return train_on_ranks(config)
         with RunFolder(config) as folder:
             if (note := folder.finished_note) is not None:
                 print(note, file=sys.stderr)

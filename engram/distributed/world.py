@@ -5,16 +5,18 @@ variables.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from engram.config import UserError
+
+T = TypeVar("T")
 
 
 class RankError(UserError):
@@ -27,8 +29,8 @@ class World:
 
     rank: int
     size: int
-    # Among the ranks of this machine: the number of its GPU.
-    local_rank: int
+    # Where tensors lie that this rank sends and receives.
+    device: torch.device
 
     @property
     def is_first(self) -> bool:
@@ -51,7 +53,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return any(self.gather(flag))
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -72,6 +74,23 @@ class World:
             rank, reason = failed[0]
             raise RankError(f"rank {rank}: {reason}")
 
+    def first_says(self, make: Callable[[], T]) -> T:
+        """What `make`, called on the first rank alone, returns there; where it fails, it fails for all."""
+        value: T | None = None
+        with self.together():
+            if self.is_first:
+                value = make()
+        return self.gather(value)[0]
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """What `make` returns, called on the first rank before all others, which find what it left behind."""
+        value = None
+        for turn in (True, False):
+            with self.together():
+                if self.is_first == turn:
+                    value = make()
+        return value  # type: ignore[return-value]
+
     def agree(self, what: str, value: str, advice: str) -> None:
         """Raises RankError, on all ranks, where `value` is not the same everywhere."""
         values = self.gather(value)
@@ -79,7 +98,7 @@ class World:
             raise RankError(f"{what} differs: rank 0 has {values[0]}, rank {other} has {values[other]}: {advice}")
 
 
-SINGLE = World(rank=0, size=1, local_rank=0)
+SINGLE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def launched_ranks() -> int:
@@ -94,12 +113,14 @@ def join_world(device: torch.device, timeout_seconds: int) -> Iterator[World]:
     if size == 1:
         yield SINGLE
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     except (ValueError, RuntimeError) as error:
         raise RankError(f"the other ranks cannot be reached: {error}: start all of them with one torchrun") from error
     try:
-        yield World(distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        yield World(distributed.get_rank(), size, device)
     finally:
         distributed.destroy_process_group()

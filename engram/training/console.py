@@ -31,11 +31,14 @@ class LogFile(logging.FileHandler):
 
 
 class RunConsole:
-    """Logging of one run while the `with` block lasts: everything to log.txt and to stderr."""
+    """Logging of one run while the `with` block lasts: everything to log.txt and to stderr.
 
-    def __init__(self, log_file: Path, steps: int) -> None:
+    Of several ranks, all but the first show errors alone, with their number.
+    """
+
+    def __init__(self, log_file: Path, steps: int, rank: int = 0) -> None:
         self._steps = steps
-        self.terminal = Console(stderr=True)
+        self.terminal = Console(stderr=True, quiet=rank > 0)
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -49,7 +52,7 @@ class RunConsole:
         )
         self._task = self._bar.add_task("train", total=steps, metrics="")
         self._val_loss: float | None = None
-        self._handlers = [_file_handler(log_file), self._console_handler()]
+        self._handlers = [_file_handler(log_file), self._console_handler()] if rank == 0 else [_errors_of(rank)]
 
     def __enter__(self) -> Self:
         root = logging.getLogger("engram")
@@ -101,6 +104,14 @@ class RunConsole:
             handler.setFormatter(logging.Formatter("%(message)s"))
         handler.addFilter(lambda record: not getattr(record, "log_file_only", False))
         return handler
+
+
+def _errors_of(rank: int) -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.ERROR)
+    handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+    handler.addFilter(lambda record: not getattr(record, "log_file_only", False))
+    return handler
 
 
 def _file_handler(path: Path) -> logging.Handler:

@@ -15,8 +15,12 @@ from engram.data.prepare import prepare
 from engram.data.settings import check_settings, content_settings
 from engram.data.shards import Dataset, verify_folder
 from engram.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from engram.distributed.world import World
 from engram.memory.vocabulary import VocabularyMap
 from engram.model.transformer import Transformer
+from engram.optim.optimizer import build_optimizer
+from engram.training.capacity import enough_memory
+from engram.training.engine import Engine, LocalEngine
 from engram.training.provenance import cpu_name
 
 logger = logging.getLogger(__name__)
@@ -79,6 +83,15 @@ def build_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> T
     return model.train()
 
 
+def build_engine(config: Config, data: RunData, device: torch.device, world: World) -> Engine:
+    """The model with its optimizer, on this process or on all ranks. Raises UserError: memory, roles, an odd plan."""
+    with enough_memory(config, device):
+        model = build_model(config, data.tokenizer, device)
+        optimizer = build_optimizer(model.named_parameters(), config.optim)
+    at_once = config.train.micro_batch_size or config.train.batch_size
+    return LocalEngine(model, optimizer, device, at_once, config.optim.clip_norm)
+
+
 def _compile_obstacle(device: torch.device) -> str | None:
     """Why torch cannot compile for this device; None if it can."""
     if device.type != "cpu":
@@ -101,14 +114,15 @@ def vocabulary_map(model: ModelConfig, tokenizer: Tokenizer) -> VocabularyMap | 
     return VocabularyMap.from_texts(tokenizer.texts(), tokenizer.raw_tokens()) if wanted else None
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
+def environment(device: torch.device, ranks: int = 1) -> dict[str, str | int]:
     """What bitwise resume depends on besides the config."""
-    return {
+    facts: dict[str, str | int] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device": device.type,
     }
+    return facts if ranks == 1 else facts | {"ranks": ranks}
 
 
 def _keep_freed_memory() -> None:

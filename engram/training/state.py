@@ -9,6 +9,7 @@ import torch
 
 from engram.config import Config, UserError
 from engram.data.loader import Loader
+from engram.distributed.world import World
 from engram.training import random_state
 from engram.training.checkpoint import FORMAT, Checkpoint, CheckpointError, hash_recipe
 from engram.training.checkpoint_files import Contents, other_checkpoint
@@ -25,6 +26,7 @@ class RunState:
     device: torch.device
     engine: Engine
     loader: Loader
+    world: World
     # Finished steps, and those among them that were skipped for a non-finite loss or gradient.
     step: int = 0
     skipped: int = 0
@@ -49,7 +51,7 @@ class RunState:
             "rng": random_state.capture(),
             "hash_recipe": hash_recipe(self.engine.model),
             **self.identity(),
-            "environment": environment(self.device),
+            "environment": environment(self.device, self.world.size),
         }
         return Contents(self.engine.tensors(), state, self.config, self.data.tokenizer)
 
@@ -88,7 +90,11 @@ class RunState:
         return {"tokenizer_digest": self.data.tokenizer.digest, "data_digest": training.digest}
 
     def _warn_of_differences(self, saved: dict[str, Any]) -> None:
-        now = environment(self.device)
-        changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in now.items() if saved.get(key) != value]
+        now = environment(self.device, self.world.size)
+        # The number of ranks is not told where it is one.
+        keys = dict.fromkeys((*now, *saved))
+        changed = [
+            f"{key} was {saved.get(key, 1)}, is {now.get(key, 1)}" for key in keys if saved.get(key) != now.get(key)
+        ]
         if changed:
             logger.warning("resuming is exact to the bit only where nothing changed; here: %s", "; ".join(changed))

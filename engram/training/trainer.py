@@ -12,25 +12,25 @@ from typing import Any
 from engram.config import Config, UserError
 from engram.data.errors import DataError
 from engram.data.loader import Batch, Loader, validation_batches
+from engram.distributed.world import SINGLE, World
 from engram.model.accounting import count_parameters
 from engram.model.device import choose_device
-from engram.optim.optimizer import build_optimizer
 from engram.optim.schedule import learning_rate
 from engram.training import random_state
-from engram.training.capacity import enough_memory, evaluation_too_large, explain_out_of_memory, step_too_large
+from engram.training.capacity import evaluation_too_large, explain_out_of_memory, step_too_large
 from engram.training.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
 from engram.training.checkpoint_files import write_folder
 from engram.training.clock import Clock
 from engram.training.console import LOG_FILE_ONLY, RunConsole
-from engram.training.engine import LocalEngine
 from engram.training.files import write_atomically
 from engram.training.initial import start_from
-from engram.training.metrics import MetricsFile, read_metrics
+from engram.training.metrics import read_metrics
+from engram.training.recorder import Recorder
 from engram.training.run_folder import RunFolder, RunFolderError
-from engram.training.setup import build_model, configure_process, environment, open_data
+from engram.training.setup import build_engine, configure_process, environment, open_data
+from engram.training.shared_folder import SharedFolder
 from engram.training.signals import StopRequest
 from engram.training.state import RunState
-from engram.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,10 @@ class Trainer:
     GPU, as far as its kernels sum in a fixed order).
     """
 
-    def __init__(self, config: Config, folder: RunFolder | None = None) -> None:
-        """`folder`: the run folder, where the caller has entered it already."""
+    def __init__(self, config: Config, folder: RunFolder | SharedFolder | None = None, world: World = SINGLE) -> None:
+        """`folder`: the run folder, where the caller has entered it already; with several ranks, a SharedFolder."""
         self.config = config
+        self.world = world
         self._entered = folder
         train = config.train
         self.last_step = min(train.steps, train.stop_after or train.steps)
@@ -74,7 +75,8 @@ class Trainer:
 
     def _fit_logged(self) -> Exit:
         with ExitStack() as stack:
-            self.console = stack.enter_context(RunConsole(self.folder.path / "log.txt", self.config.train.steps))
+            log_file = self.folder.path / "log.txt"
+            self.console = stack.enter_context(RunConsole(log_file, self.config.train.steps, self.world.rank))
             try:
                 if (note := self.folder.finished_note) is not None:
                     logger.info(note)
@@ -93,38 +95,40 @@ class Trainer:
         origin = self._begin()
         # Says now, not at the first evaluation, if the validation split is too small.
         self._validation_batches()
-        run_id = self.folder.start({**environment(self.state.device), **self.state.identity(), **origin})
+        run_id = self.folder.start(
+            {**environment(self.state.device, self.world.size), **self.state.identity(), **origin}
+        )
         self._record_parameters()
-        self.metrics = stack.enter_context(MetricsFile(self.folder.path / "metrics.jsonl", self.state.step))
-        self.tracker = Tracker(self.config, self.folder.path, run_id)
-        status: Exit | None = None
-        try:
-            with StopRequest() as stop, explain_out_of_memory(step_too_large(self.config, self.state.device)):
-                status = self._loop(stop)
-        finally:
-            self.tracker.finish(exit_code=1 if status is None else int(status))
+        self.recorder = stack.enter_context(
+            Recorder(
+                self.config, self.folder.path, run_id, self.state.step, self.console, silent=not self.world.is_first
+            )
+        )
+        with StopRequest() as stop, explain_out_of_memory(step_too_large(self.config, self.state.device)):
+            status = self._loop(stop)
+        self.recorder.ended(status)
         if status is Exit.DONE and self.state.step == self.config.train.steps:
             self._finish()
         return status
 
     def _build(self) -> RunState:
-        config = self.config
+        config, world = self.config, self.world
         configure_process(config.train)
         device = choose_device(config.train.device, "train.device")
-        data = open_data(config, self.console.terminal)
+        # One prepares what the others then find.
+        data = world.in_turn(lambda: open_data(config, self.console.terminal))
         random_state.seed_all(config.seed)
-        with enough_memory(config, device):
-            model = build_model(config, data.tokenizer, device)
-            optimizer = build_optimizer(model.named_parameters(), config.optim)
+        engine = build_engine(config, data, device, world)
         loader = Loader(
             data.training,
             config.data.sequence_length,
             config.train.batch_size,
             config.data.shuffle_seed,
+            rank=world.rank,
+            world_size=world.size,
             prefetch=config.data.prefetch,
         )
-        engine = LocalEngine(model, optimizer, device, self.micro_batch_size, config.optim.clip_norm)
-        return RunState(config, data, device, engine, loader)
+        return RunState(config, data, device, engine, loader, world)
 
     def _begin(self) -> dict[str, Any]:
         """Go on from the run's latest checkpoint, or start; -> what is worth knowing of where the weights come from."""
@@ -149,10 +153,11 @@ class Trainer:
             if line is None:
                 return Exit.DIVERGED
             self._report(line)
-            if stop.received or state.step % train.checkpoint_every == 0 or state.step == self.last_step:
+            stopping = self.world.any(stop.received)
+            if stopping or state.step % train.checkpoint_every == 0 or state.step == self.last_step:
                 with self.clock.paused():
-                    save_checkpoint(self.folder.path, state.step, state.contents(), train.keep_checkpoints)
-            if stop.received and state.step < self.last_step:
+                    save_checkpoint(self.folder.path, state.step, state.contents(), train.keep_checkpoints, self.world)
+            if stopping and state.step < self.last_step:
                 logger.info("interrupted after step %d: the same command goes on from there", state.step)
                 return Exit.INTERRUPTED
         if state.step < train.steps:
@@ -201,11 +206,9 @@ class Trainer:
                 self.state.best_val_loss, self.state.best_step = line["val_loss"], step
         if step == 1 or step % train.log_every == 0 or evaluate or statistics:
             line["tokens_per_second"] = self.clock.lap(step)
-            self.metrics.write(line)
-            self.tracker.log(line)
-            self.console.report(line, self.clock.seconds_left(step, self.last_step))
+            self.recorder.write(line, self.clock.seconds_left(step, self.last_step))
         else:
-            self.console.advance(step)
+            self.recorder.advance(step)
 
     def _validation_batches(self) -> Iterator[Batch]:
         data, length = self.state.data.validation, self.config.data.sequence_length
@@ -230,8 +233,11 @@ class Trainer:
         failure["nonfinite_gradients"] = state.engine.nonfinite_gradients()
         state.engine.discard_gradient()
         contents = state.contents()
-        tensors = itertools.chain(contents.files(), [("batch", batch._asdict())])
-        write_folder(folder, replace(contents, tensors=tensors, state={**contents.state, "failure": failure}))
+        own_part = "batch" if self.world.is_first else f"batch-{self.world.rank:05d}"
+        tensors = itertools.chain(contents.files(), [(own_part, batch._asdict())])
+        write_folder(
+            folder, replace(contents, tensors=tensors, state={**contents.state, "failure": failure}), self.world
+        )
 
     def _record_parameters(self) -> None:
         counts = count_parameters(self.config.model)
@@ -252,17 +258,12 @@ class Trainer:
         )
         if self.state.step == 0:
             logger.info("parameters: %s", table, extra=LOG_FILE_ONLY)
-        write_atomically(self.folder.path / "parameters.txt", table)
+        if self.world.is_first:
+            write_atomically(self.folder.path / "parameters.txt", table)
 
     def _finish(self) -> None:
         state = self.state
-        path = self.folder.path / "metrics.jsonl"
-        last = (read_metrics(path) or [{}])[-1]
-        if last.get("step") != state.step:
-            raise RunFolderError(
-                f"{path}: does not hold step {state.step}, the last one: the folder was removed or changed while the "
-                "run was trained; remove what is left of it, and the same command trains the run anew"
-            )
+        last = self.world.first_says(self._last_line)
         summary = {key: last.get(key) for key in ("step", "tokens", "loss", "val_loss")}
         summary |= {
             "best_val_loss": state.best_val_loss if state.best_step else None,
@@ -281,3 +282,13 @@ class Trainer:
         else:
             logger.info("finished after step %d: validation loss %.4f", state.step, summary["val_loss"])
         logger.info("next: python -m eval report %s", self.folder.path)
+
+    def _last_line(self) -> dict[str, Any]:
+        path = self.folder.path / "metrics.jsonl"
+        last = (read_metrics(path) or [{}])[-1]
+        if last.get("step") != self.state.step:
+            raise RunFolderError(
+                f"{path}: does not hold step {self.state.step}, the last one: the folder was removed or changed while "
+                "the run was trained; remove what is left of it, and the same command trains the run anew"
+            )
+        return last

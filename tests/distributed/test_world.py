@@ -44,3 +44,30 @@ def differ(world: World) -> None:
 def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
     for error in run_ranks(3, differ, folder=tmp_path):
         assert str(error) == "the shape differs: rank 0 has round, rank 2 has square: make them equal"
+
+
+def first_and_in_turn(world: World, folder: Path) -> tuple[str, bool]:
+    said = world.first_says(lambda: f"rank {world.rank} says")
+    mark = folder / "made"
+
+    def make() -> bool:
+        found = mark.exists()
+        mark.touch()
+        return found
+
+    return said, world.in_turn(make)
+
+
+def test_the_first_rank_speaks_and_goes_ahead(tmp_path: Path) -> None:
+    results = values(run_ranks(2, first_and_in_turn, tmp_path, folder=tmp_path))
+    assert results == [("rank 0 says", False), ("rank 0 says", True)]
+
+
+def first_fails(world: World) -> None:
+    world.first_says(lambda: int("x"))
+
+
+def test_what_fails_on_the_first_rank_fails_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(2, first_fails, folder=tmp_path)
+    assert type(first) is ValueError
+    assert str(second) == "rank 0: invalid literal for int() with base 10: 'x'"

@@ -197,7 +197,7 @@ def test_an_allocator_that_gives_up(make_config: MakeConfig, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(trainer, "build_model", refuse)
+    monkeypatch.setattr(setup, "build_model", refuse)
     with pytest.raises(UserError, match="ran out of memory: lower model.hidden_size"):
         Trainer(make_config()).fit()
 
