@@ -1,6 +1,7 @@
 """Train a model: python train.py CONFIG [a.b=c ...]"""
 
 import argparse
+import os
 import signal
 import sys
 
@@ -9,11 +10,13 @@ examples:
   python train.py configs/quickstart.yaml
   python train.py configs/quickstart.yaml train.steps=50 optim.lr=0.002 run_dir=runs/short
   python train.py configs/quickstart.yaml model.memory=null run_dir=runs/without_memory
+  torchrun --nproc-per-node 8 train.py configs/quickstart.yaml distributed.zero_stage=2
 
 A second call on the same run_dir goes on from its latest checkpoint; Ctrl-C saves one first.
 
 exit status:
   0    done, or stopped at train.stop_after
+  1    another rank is gone
   2    the config or an input cannot be used (the message says which, and what to change)
   3    diverged: non-finite loss or gradients; run_dir/postmortem_... holds the step
   130  interrupted by SIGINT or SIGTERM, after saving
@@ -31,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", metavar="a.b=c", nargs="*", default=[], help="settings that replace those of CONFIG"
     )
+    # What `deepspeed` tells besides the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     # SIGTERM stops as Ctrl-C does, from the imports on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -48,6 +53,8 @@ def train(path: str, overrides: list[str]) -> int:
 
     try:
         config = load_config(path, overrides)
+        if config.distributed is None and (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise UserError(f"{ranks} ranks were started, but distributed is null: give distributed={{}}, or start one")
         if config.distributed is not None:
             from engram.training.ranked import train_on_ranks
 

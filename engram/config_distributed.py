@@ -34,7 +34,7 @@ class DistributedConfig(Settings):
     # The backbone's optimizer state in host memory (ZeRO 1 to 3).
     offload_optimizer: bool = False
     # Rows of the tables are divided among all ranks, or among the first so many; null: every rank holds all rows.
-    table_ranks: Literal["all"] | Count | None = "all"
+    table_ranks: Literal["all"] | Count | None = None
     # Ranks among which the routed experts are divided; 1: every rank holds all experts.
     expert_ranks: Count = 1
     # Longest wait for another rank.

@@ -109,15 +109,15 @@ def launched_ranks() -> int:
 @contextmanager
 def join_world(device: torch.device, timeout_seconds: int) -> Iterator[World]:
     """Meet all other ranks; nccl on GPUs, gloo elsewhere. Raises RankError where they cannot be reached."""
-    size = launched_ranks()
-    if size == 1:
-        yield SINGLE
-        return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # One rank alone needs no launcher, and no address.
+    alone: dict[str, Any] = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    size = launched_ranks()
     try:
-        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        waiting = timedelta(seconds=timeout_seconds)
+        distributed.init_process_group(backend, timeout=waiting, **(alone if size == 1 else {}))
     except (ValueError, RuntimeError) as error:
         raise RankError(f"the other ranks cannot be reached: {error}: start all of them with one torchrun") from error
     try:

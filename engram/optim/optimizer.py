@@ -82,13 +82,14 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], optim:
     def having(role: RoleName) -> list[Assignment]:
         return [each for each in assignments if each.role == role]
 
-    roles: list[Role] = [AdamW(having("adamw"), optim.betas, optim.eps), _table_role(having("table"), optim.table)]
+    roles: list[Role] = [AdamW(having("adamw"), optim.betas, optim.eps), table_role(having("table"), optim.table)]
     if optim.muon:
         roles.append(Muon(having("muon"), optim.muon))
     return RoleOptimizer(assignments, roles)
 
 
-def _table_role(tables: Sequence[Assignment], settings: TableOptimConfig) -> Role:
+def table_role(tables: Sequence[Assignment], settings: TableOptimConfig) -> Role:
+    """The update of tables that `settings.kind` names. Raises RoleError: dtypes that it cannot move."""
     match settings.kind:
         case "row_adam":
             return RowAdam(tables, settings.betas, settings.eps)

@@ -4,11 +4,12 @@ A checkpoint alone suffices to generate text: it carries config, tokenizer and v
 compared on every load, because a drifted tokenizer or multiplier would silently re-address every row of the tables.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from engram.config import Config
 from engram.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,6 +28,7 @@ from engram.training.checkpoint_files import (
     tensor_files,
     verify,
 )
+from engram.training.tensor_files import TensorFiles
 
 __all__ = ["Checkpoint", "CheckpointError", "latest_checkpoint", "load_model", "open_checkpoint", "save_checkpoint"]
 
@@ -47,24 +49,29 @@ class Checkpoint:
         """The tokenizer that the model was trained with."""
         return load_tokenizer(self.folder)
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors of `model` or `optim`."""
-        return tensor_files(self.folder, name).tensors()
+    def tensors(self, name: str) -> TensorFiles:
+        """Tensors of `model` or `optim`, each read when it is asked for."""
+        return tensor_files(self.folder, name)
 
     def vocabulary(self) -> VocabularyMap:
         """The map from token ids to the compressed ids whose n-grams were hashed."""
-        return VocabularyMap(tensor_files(self.folder, "model").tensor("token_map").numpy())
+        return VocabularyMap(self.tensors("model")["token_map"].numpy())
 
     def fill(self, model: Transformer) -> None:
         """Copy the weights into `model`. Raises CheckpointError: another hash recipe, names or shapes."""
+        self.check(model, {name: tensor.shape for name, tensor in model.state_dict().items()})
+        model.load_state_dict(dict(self.tensors("model")))
+
+    def check(self, model: Transformer, needed: Mapping[str, torch.Size]) -> None:
+        """Raises CheckpointError where hash recipe, names or shapes are not those of `model`, of shapes `needed`."""
         self._compare_recipes(hash_recipe(model))
-        found, needed = self.tensors("model"), model.state_dict()
+        found = self.tensors("model").shapes()
         problems = [f"{name}: only in the checkpoint" for name in found.keys() - needed.keys()]
         problems += [f"{name}: only in the model" for name in needed.keys() - found.keys()]
         problems += [
-            f"{name}: {list(found[name].shape)} in the checkpoint, {list(needed[name].shape)} in the model"
+            f"{name}: {list(found[name])} in the checkpoint, {list(needed[name])} in the model"
             for name in found.keys() & needed.keys()
-            if found[name].shape != needed[name].shape
+            if found[name] != needed[name]
         ]
         if problems:
             raise CheckpointError(
@@ -72,7 +79,6 @@ class Checkpoint:
                 + "\n  ".join(sorted(problems))
                 + "\nuse the code of the commit in the run's code.json"
             )
-        model.load_state_dict(found)
 
     def _compare_recipes(self, recipe: dict[str, str]) -> None:
         for part, digest in recipe.items():

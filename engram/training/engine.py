@@ -69,8 +69,12 @@ class Engine(Protocol):
         """The optimizer's counts."""
         ...
 
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Take over weights. Raises CheckpointError."""
+        ...
+
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over weights and optimizer state. Raises CheckpointError."""
+        """Take over weights and optimizer state. Raises CheckpointError, OptimizerStateError."""
         ...
 
 
@@ -111,7 +115,10 @@ class LocalEngine:
     def scalars(self) -> dict[str, int | float]:
         return self.optimizer.scalars()
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def load_weights(self, checkpoint: Checkpoint) -> None:
         checkpoint.fill(self.model)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        self.load_weights(checkpoint)
         self.optimizer.load_tensors(checkpoint.tensors("optim"))
         self.optimizer.load_scalars(checkpoint.state["optimizer"])

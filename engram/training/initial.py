@@ -4,9 +4,9 @@ from typing import Any
 
 from engram.config import Config, ConfigError
 from engram.config_identity import within
-from engram.model.transformer import Transformer
 from engram.training.checkpoint import open_checkpoint
 from engram.training.checkpoint_files import CHECKSUMS
+from engram.training.engine import Engine
 from engram.training.files import sha256
 from engram.training.run_folder import differences
 
@@ -14,8 +14,8 @@ from engram.training.run_folder import differences
 POSITIONS = ("model.attention.rope_theta", "model.attention.yarn")
 
 
-def start_from(path: str, config: Config, model: Transformer, tokenizer_digest: str) -> dict[str, Any]:
-    """Copy a checkpoint's weights into `model`; -> its folder, step and digest, for the run's record.
+def start_from(path: str, config: Config, engine: Engine, tokenizer_digest: str) -> dict[str, Any]:
+    """Copy a checkpoint's weights into the engine's model; -> its folder, step and digest, for the run's record.
 
     `path` is a checkpoint or a run folder: its latest. Raises ConfigError where the models differ in more than
     POSITIONS, or were made for different tokenizers; CheckpointError where there is no checkpoint, or a damaged one.
@@ -36,7 +36,7 @@ def start_from(path: str, config: Config, model: Transformer, tokenizer_digest: 
             f"{config.data.path} has {tokenizer_digest[:12]}...: prepare the data with data.tokenizer.path="
             f"{checkpoint.folder}"
         )
-    checkpoint.fill(model)
+    engine.load_weights(checkpoint)
     return {
         "checkpoint": str(checkpoint.folder),
         "step": int(checkpoint.state["step"]),

@@ -4,6 +4,8 @@ import hashlib
 import json
 import sys
 
+from torch.distributed import DistError
+
 from engram.config import Config
 from engram.distributed.world import World, join_world
 from engram.model.device import choose_device
@@ -11,22 +13,42 @@ from engram.training.provenance import provenance
 from engram.training.shared_folder import SharedFolder
 from engram.training.trainer import Trainer
 
+RANK_LOST = 1
+# Their errors are plain RuntimeErrors that bear their names.
+_TRANSPORTS = ("gloo", "NCCL")
+
 
 def train_on_ranks(config: Config) -> int:
     """Train as one of the ranks that a launcher started; returns the exit status. Raises UserError."""
     assert config.distributed is not None
     device = choose_device(config.train.device, "train.device")
     with join_world(device, config.distributed.timeout_seconds) as world:
-        _agree(config, world)
+        return train_in_world(world, config)
+
+
+def train_in_world(world: World, config: Config) -> int:
+    """`train_on_ranks`, once the ranks have met."""
+    try:
+        agree(world, config)
         with SharedFolder(config, world) as folder:
-            if (note := folder.finished_note) is not None:
-                if world.is_first:
-                    print(note, file=sys.stderr)
-                return 0
-            return Trainer(config, folder, world).fit()
+            if (note := folder.finished_note) is None:
+                return Trainer(config, folder, world).fit()
+            if world.is_first:
+                print(note, file=sys.stderr)
+            return 0
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and not any(word in str(error) for word in _TRANSPORTS):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(
+            f"error: rank {world.rank} of {world.size}: another rank is gone ({reason}): see its own output; the same "
+            "command goes on from the newest checkpoint, with fewer ranks too",
+            file=sys.stderr,
+        )
+        return RANK_LOST
 
 
-def _agree(config: Config, world: World) -> None:
+def agree(world: World, config: Config) -> None:
     """Raises RankError where ranks have other settings, code or versions than the first."""
     settings = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     world.agree("the config", hashlib.sha256(settings.encode()).hexdigest()[:12], "give all ranks the same command")

@@ -85,8 +85,15 @@ def build_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> T
 
 def build_engine(config: Config, data: RunData, device: torch.device, world: World) -> Engine:
     """The model with its optimizer, on this process or on all ranks. Raises UserError: memory, roles, an odd plan."""
+    if config.train.tables is not None:
+        raise UserError("train.tables: training keeps all rows on the device, so far: leave it at null")
     with enough_memory(config, device):
         model = build_model(config, data.tokenizer, device)
+        if config.distributed is not None:
+            # It brings DeepSpeed, which takes seconds to import.
+            from engram.training.ranked_engine import RankedEngine
+
+            return RankedEngine(model, config, device, world)
         optimizer = build_optimizer(model.named_parameters(), config.optim)
     at_once = config.train.micro_batch_size or config.train.batch_size
     return LocalEngine(model, optimizer, device, at_once, config.optim.clip_norm)

@@ -51,12 +51,12 @@ def accumulate(model: Transformer, batch: TokenBatch, micro_batch_size: int, dev
         loss = model.loss(tokens, targets, document_ids) * (int(count.sum()) / all_targets)
         loss.backward()
         if len(counts) > 1:
-            _merge_table_gradients(model)
+            merge_table_gradients(model)
         total += loss.detach()
     return total
 
 
-def _merge_table_gradients(model: Transformer) -> None:
+def merge_table_gradients(model: Transformer) -> None:
     """One entry per row: added up as they come, the reads of all micro-batches would pile up."""
     for table in model.tables():
         if table.weight.grad is not None and table.weight.grad.is_sparse:

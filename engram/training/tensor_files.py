@@ -6,7 +6,7 @@ any other number wrote.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,8 +53,8 @@ class _Stored:
         return (last.stop, *last.shape[1:]) if last.shape else ()
 
 
-class TensorFiles:
-    """Random access to the tensors of `folder`'s files called `kind`. Reads headers at once and values when asked.
+class TensorFiles(Mapping[str, Tensor]):
+    """Name -> whole tensor, of `folder`'s files called `kind`. Reads headers at once, and values each time it is asked.
 
     Raises TensorFilesError: a file that cannot be read, rows that no file holds or that two files hold.
     """
@@ -72,15 +72,15 @@ class TensorFiles:
         """Name -> shape of every tensor, whole."""
         return {name: stored.shape for name, stored in self._stored.items()}
 
-    def tensor(self, name: str) -> Tensor:
-        """The whole tensor."""
-        pieces = self._stored[name].pieces
-        parts = [_read(piece) for piece in pieces]
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [_read(piece) for piece in self._stored[name].pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them, whole."""
-        return {name: self.tensor(name) for name in self._stored}
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
     def rows(self, name: str, first: int, stop: int, at_once: int) -> Iterator[tuple[int, Tensor]]:
         """Rows `first` to `stop` - 1 in order, as (number of the first row, rows): `at_once` rows at most each time."""

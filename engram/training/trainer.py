@@ -139,7 +139,7 @@ class Trainer:
             self.state.restore(open_checkpoint(saved))
             logger.info("going on from %s", saved)
         elif (given := self.config.train.init_from) is not None:
-            origin = start_from(given, self.config, self.state.engine.model, self.state.data.tokenizer.digest)
+            origin = start_from(given, self.config, self.state.engine, self.state.data.tokenizer.digest)
             logger.info("starting from the weights of %s, step %d", origin["checkpoint"], origin["step"])
             return {"init_from": origin}
         return {}

@@ -21,9 +21,12 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, folder: 
     `function` must be importable (defined at the top of a module); results travel through files in `folder`.
     """
     port = _free_port()
-    # A server that has imported torch once, and has no threads, is forked for each rank.
+    # A server that has imported once what takes seconds, and has no threads, is forked for each rank.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "engram.model.transformer", "engram.distributed.world"])
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context.set_forkserver_preload(
+        ["deepspeed", "torch._dynamo", "engram.training.ranked", "engram.training.ranked_engine"]
+    )
     processes = [
         context.Process(target=_work, args=(rank, size, port, str(folder), function, arguments), daemon=True)
         for rank in range(size)

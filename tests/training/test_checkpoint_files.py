@@ -46,7 +46,7 @@ def step_in(folder: Path) -> int:
     """The step that a valid checkpoint holds, the same in all its files."""
     verify(folder)
     step = json.loads((folder / "state.json").read_text())["step"]
-    assert torch.equal(tensor_files(folder, "model").tensors()["a"], torch.full((3, 5), step))
+    assert torch.equal(tensor_files(folder, "model")["a"], torch.full((3, 5), step))
     return step
 
 
@@ -55,7 +55,7 @@ def test_written_tensors_come_back(contents: Callable[[int], Contents], tmp_path
     assert folder.name == "step_000500"
     assert (tmp_path / "latest").readlink() == Path("step_000500")
     # A view that is not contiguous in memory keeps its values and shape.
-    assert torch.equal(tensor_files(folder, "model").tensors()["b"], torch.tensor([[0.0, 3], [1, 4], [2, 5]]))
+    assert torch.equal(tensor_files(folder, "model")["b"], torch.tensor([[0.0, 3], [1, 4], [2, 5]]))
     assert load_tokenizer(folder).digest == load_tokenizer(data).digest
     # All files are as open as the umask makes any file.
     (tmp_path / "any").touch()

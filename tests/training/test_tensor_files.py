@@ -44,7 +44,7 @@ def test_any_pieces_give_any_rows(
     write(folder, table, [0, *sorted(borders), ROWS])
     files = TensorFiles(folder, "model")
     assert files.shapes() == {"a.table": (ROWS, 3), "whole": (4,), "number": ()}
-    found = files.tensors()
+    found = dict(files)
     assert torch.equal(found["a.table"], table)
     assert torch.equal(found["whole"], torch.arange(4.0)) and found["number"] == 7
     first, stop = part

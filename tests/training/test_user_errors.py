@@ -12,7 +12,7 @@ import torch
 
 from engram.config import Config, UserError
 from engram.data.manifest import file_digest
-from engram.training import checkpoint_files, engine, metrics, setup, trainer
+from engram.training import checkpoint_files, engine, metrics, setup
 from engram.training.checkpoint import CheckpointError
 from engram.training.run_folder import RunFolderError
 from engram.training.trainer import Exit, Trainer

@@ -1,0 +1,221 @@
+"""One model on several ranks: DeepSpeed holds the backbone, every rank all tables; a step is that of one process.
+
+Gradients are summed, never averaged: each rank's loss is weighted by its share of the whole batch's targets.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from engram.config import Config, ConfigError
+from engram.distributed.deepspeed import Backbone
+from engram.distributed.replicated_tables import sum_table_gradients
+from engram.distributed.world import World
+from engram.model.evaluation import TokenBatch, to_device
+from engram.model.transformer import IGNORE, Transformer
+from engram.optim.groups import assign_roles, roles_table
+from engram.optim.optimizer import RoleOptimizer, table_role
+from engram.training.checkpoint import Checkpoint
+from engram.training.evaluation_share import share_of
+from engram.training.statistics import layer_statistics
+from engram.training.step import Gradient, merge_table_gradients
+
+# Bytes of one file of a checkpoint, and of what a rank holds of it while it is written.
+FILE_BYTES = 2**31
+
+
+class RankedEngine:
+    """`Engine` on all ranks of a world. Raises ConfigError for settings that do not go together."""
+
+    def __init__(self, model: Transformer, config: Config, device: torch.device, world: World) -> None:
+        self.model = model
+        self.config = config
+        self.device = device
+        self.world = world
+        _check(config, world)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        assignments = assign_roles(model.named_parameters(), config.optim)
+        # DeepSpeed leaves empty parameters behind.
+        self._roles_table = roles_table(assignments)
+        tables = [each for each in assignments if each.role == "table"]
+        self._tables = {each.name: each.parameter for each in tables}
+        self._table_optimizer = RoleOptimizer(tables, [table_role(tables, config.optim.table)])
+        self.backbone = Backbone(model, assignments, config, world)
+        self._micro_batch_size = config.train.micro_batch_size or config.train.batch_size // world.size
+
+    # --------------------------------------------------------------------------------------------------------- one step
+
+    def compute_gradient(self, batch: TokenBatch) -> Gradient:
+        loss = self.world.sum(self._accumulate(batch))
+        sum_table_gradients(self._tables.values(), self.world)
+        norm = self._norm()
+        loss_value, norm_value = torch.stack((loss.double(), norm)).tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        clip_norm = self.config.optim.clip_norm
+        if finite and clip_norm is not None and norm_value > clip_norm:
+            self.backbone.scale(clip_norm / norm_value)
+            for values in self._table_values():
+                values.mul_(clip_norm / norm_value)
+        return Gradient(loss_value, norm_value, finite)
+
+    def _accumulate(self, batch: TokenBatch) -> Tensor:
+        """`step.accumulate`, on this rank's part of the batch -> its part of the loss."""
+        size = self._micro_batch_size
+        counts = (batch.targets != IGNORE).sum(1).split(size)
+        everybodys = self.world.sum(torch.stack([count.sum() for count in counts]).sum().to(self.device))
+        all_targets = max(1, int(everybodys))
+        parts = [
+            part.split(size) if part is not None else [None] * len(counts) for part in to_device(batch, self.device)
+        ]
+        total = torch.zeros((), device=self.device)
+        for number, (count, *tensors) in enumerate(zip(counts, *parts, strict=True), start=1):
+            loss = self.backbone.run("loss", *tensors) * (int(count.sum()) / all_targets)
+            self.backbone.backward(loss, last=number == len(counts))
+            if len(counts) > 1:
+                merge_table_gradients(self.model)
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def _norm(self) -> Tensor:
+        """Global norm of the gradient, each table counted once, float64 []."""
+        total = self.backbone.squared_norm()
+        for values in self._table_values():
+            total += torch.linalg.vector_norm(values).double().square()
+        return total.sqrt()
+
+    def _table_values(self) -> Iterator[Tensor]:
+        for table in self._tables.values():
+            if table.grad is not None:
+                yield table.grad._values() if table.grad.is_sparse else table.grad
+
+    def apply_gradient(self, lr: float) -> None:
+        self.backbone.step(lr)
+        self._table_optimizer.step(lr)
+        for load in self._router_loads():
+            self.world.sum(load)
+        self.model.update_router_bias()
+        self._table_optimizer.zero_grad()
+
+    def discard_gradient(self) -> None:
+        self.backbone.discard()
+        for load in self._router_loads():
+            load.zero_()
+        self._table_optimizer.zero_grad()
+
+    def nonfinite_gradients(self) -> list[str]:
+        tables = [
+            name
+            for (name, _), values in zip(self._tables.items(), self._table_values(), strict=True)
+            if not values.isfinite().all()
+        ]
+        return sorted(self.backbone.nonfinite_gradients() + tables)
+
+    def _router_loads(self) -> Iterator[Tensor]:
+        return (buffer for name, buffer in self.model.named_buffers() if name.endswith("router.load"))
+
+    # ----------------------------------------------------------------------------------------------------- a look at it
+
+    @torch.no_grad()
+    def validation_loss(self, batches: Iterable[TokenBatch]) -> float:
+        training = self.model.training
+        self.model.eval()
+        # Sum of losses, and number of targets.
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with torch.compiler.set_stance("force_eager"):
+            for batch in batches:
+                tokens, targets, document_ids = to_device(share_of(batch, self.world), self.device)
+                total[0] += self.backbone.run("token_losses", tokens, targets, document_ids).sum(dtype=torch.float64)
+                total[1] += (targets != IGNORE).sum()
+        self.model.train(training)
+        loss, count = self.world.sum(total).tolist()
+        return loss / max(count, 1)
+
+    def layer_statistics(self, batch: TokenBatch) -> dict[str, float]:
+        """Of this rank's part of the batch."""
+        return layer_statistics(self.model, batch, self._micro_batch_size, self.device)
+
+    def roles_table(self) -> str:
+        return self._roles_table
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield from self._files("model", self._model_tensors())
+        yield from self._files("optim", self._optimizer_tensors())
+
+    def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.backbone.full_tensors("parameters")
+        yield from self._outside_backbone().items()
+
+    def _outside_backbone(self) -> dict[str, Tensor]:
+        """Tables, and buffers that belong to the model."""
+        inside = {name for name, _ in self.model.named_parameters()} - self._tables.keys()
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in inside}
+
+    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.backbone.full_tensors("optimizer")
+        yield from self._table_optimizer.tensors().items()
+
+    def _files(self, kind: str, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every rank walks over all tensors, which takes all ranks, and writes its share of them."""
+        world, part, held = self.world, 0, {}
+        for number, (name, tensor) in enumerate(tensors):
+            if number % world.size == world.rank:
+                held[name] = tensor.detach().to("cpu", copy=True)
+                if sum(each.nbytes for each in held.values()) >= FILE_BYTES:
+                    yield _file_name(kind, world.rank, part), held
+                    part, held = part + 1, {}
+        if held or (world.is_first and part == 0):
+            yield _file_name(kind, world.rank, part), held
+
+    def scalars(self) -> dict[str, int | float]:
+        return {**self.backbone.counts(), **self._table_optimizer.scalars()}
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        checkpoint.check(self.model, self._shapes)
+        saved = checkpoint.tensors("model")
+        self.backbone.load_tensors("parameters", saved)
+        with torch.no_grad():
+            for name, tensor in self._outside_backbone().items():
+                tensor.copy_(saved[name])
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        self.load_weights(checkpoint)
+        saved, counts = checkpoint.tensors("optim"), checkpoint.state["optimizer"]
+        self.backbone.load_tensors("optimizer", saved)
+        self.backbone.load_counts(counts)
+        tables = self._table_optimizer
+        tables.load_tensors({key: saved[key] for key in tables.tensors() if key in saved})
+        tables.load_scalars({key: counts[key] for key in tables.scalars() if key in counts})
+
+
+def _file_name(kind: str, rank: int, part: int) -> str:
+    return kind if rank == 0 and part == 0 else f"{kind}-{rank:05d}-{part:05d}"
+
+
+def _check(config: Config, world: World) -> None:
+    settings, train = config.distributed, config.train
+    assert settings is not None
+    if train.batch_size % world.size:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} cannot be shared equally by {world.size} ranks: make it a multiple "
+            f"of {world.size}"
+        )
+    if settings.table_ranks is not None or settings.expert_ranks > 1:
+        raise ConfigError(
+            "distributed.table_ranks and expert_ranks: training divides neither tables nor experts yet: leave "
+            "them at null and 1"
+        )
+    share = train.batch_size // world.size
+    if train.micro_batch_size and share % train.micro_batch_size:
+        raise ConfigError(
+            f"train.micro_batch_size {train.micro_batch_size} does not divide the {share} sequences of one of "
+            f"{world.size} ranks: lower it to a divisor of {share}"
+        )
+    if settings.zero_stage == 3:
+        for name in ("statistics_every", "compile"):
+            if getattr(train, name):
+                raise ConfigError(f"train.{name} needs distributed.zero_stage 0, 1 or 2: stage 3 divides the layers")

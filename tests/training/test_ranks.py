@@ -1,0 +1,194 @@
+"""Runs on several ranks against the run of one process: losses, checkpoints, and going on with other ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train as train_script
+from engram.config import Config, save_config
+from engram.config_file import ConfigError
+from engram.distributed.world import RankError, World
+from engram.training.checkpoint import load_model, open_checkpoint
+from engram.training.metrics import read_metrics
+from engram.training.ranked import RANK_LOST, agree, train_in_world
+from engram.training.trainer import Trainer
+from tests.distributed.ranks import run_ranks, values
+
+MakeConfig = Callable[..., Config]
+STEPS = 9
+
+
+def settings(stage: int | None, **train: Any) -> dict[str, Any]:
+    return {
+        "train": {"batch_size": 6, "keep_checkpoints": 9, **train},
+        # Where all streams are alike, gradients are nothing but rounding: a small eps would make whole steps of them.
+        "optim": {"clip_norm": 0.5, "eps": 1e-3, "muon": {"newton_schulz_dtype": "float32"}},
+        "distributed": None if stage is None else {"zero_stage": stage},
+    }
+
+
+def on_ranks(size: int, config: Config, folder: Path) -> None:
+    results = folder / f"ranks_{len(list(folder.iterdir()))}"
+    results.mkdir()
+    assert values(run_ranks(size, train_in_world, config, folder=results)) == size * [0]
+
+
+def losses(config: Config) -> torch.Tensor:
+    """[steps, (loss, norm of the gradient)]"""
+    lines = read_metrics(Path(config.run_dir) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return torch.tensor([[line["loss"], line["grad_norm"]] for line in lines], dtype=torch.float64)
+
+
+def assert_same_course(config: Config, other: Config) -> None:
+    """Equal but for the order of sums."""
+    ours, theirs = losses(config), losses(other)
+    torch.testing.assert_close(ours[:, 0], theirs[:, 0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(ours[:, 1], theirs[:, 1], rtol=1e-4, atol=0)
+
+
+def validation_losses(config: Config) -> list[float]:
+    lines = read_metrics(Path(config.run_dir) / "metrics.jsonl")
+    return [line["val_loss"] for line in lines if "val_loss" in line]
+
+
+@pytest.fixture
+def alone(make_config: MakeConfig) -> Config:
+    """A finished run of one process."""
+    config = make_config("alone", **settings(None))
+    assert Trainer(config).fit() == 0
+    return config
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_train_what_one_process_trains(
+    make_config: MakeConfig, alone: Config, tmp_path: Path, stage: int
+) -> None:
+    # Micro-batches of different numbers of targets; evaluations of batches that two ranks do not share equally.
+    changes = settings(stage, micro_batch_size=1)
+    config = make_config("ranks", **changes, eval={"batch_size": 3})
+    on_ranks(2, config, tmp_path)
+    assert_same_course(config, alone)
+    assert validation_losses(config) == pytest.approx(validation_losses(alone), abs=5e-6)
+    ours, theirs = (open_checkpoint(each.run_dir) for each in (config, alone))
+    assert ours.state["optimizer"] == theirs.state["optimizer"]
+    assert ours.tensors("optim").shapes() == theirs.tensors("optim").shapes()
+    # Whatever reads a checkpoint reads this one.
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_model(config.run_dir)(tokens), load_model(alone.run_dir)(tokens), rtol=0, atol=0.01
+        )
+
+
+def test_a_run_goes_on_with_other_ranks_and_stages(make_config: MakeConfig, alone: Config, tmp_path: Path) -> None:
+    for ranks, stage, stop in ((2, 2, 3), (3, 3, 6)):
+        on_ranks(ranks, make_config("moving", **settings(stage, stop_after=stop)), tmp_path)
+    config = make_config("moving", **settings(None))
+    assert Trainer(config).fit() == 0
+    assert_same_course(config, alone)
+    assert "ranks was 3, is 1" in (Path(config.run_dir) / "log.txt").read_text()
+
+
+def test_the_same_ranks_go_on_to_the_bit(make_config: MakeConfig, tmp_path: Path) -> None:
+    straight, halted = (make_config(name, **settings(1)) for name in ("straight", "halted"))
+    on_ranks(2, straight, tmp_path)
+    on_ranks(2, make_config("halted", **settings(1, stop_after=3)), tmp_path)
+    on_ranks(2, halted, tmp_path)
+    assert torch.equal(losses(straight), losses(halted))
+    for kind in ("model", "optim"):
+        ours, theirs = (open_checkpoint(each.run_dir).tensors(kind) for each in (straight, halted))
+        assert all(torch.equal(ours[name], theirs[name]) for name in {**ours, **theirs})
+
+
+def killed_at_step_5(world: World, config: Config) -> int:
+    from engram.training.ranked_engine import RankedEngine
+
+    steps = 0
+    apply_gradient = RankedEngine.apply_gradient
+
+    def deadly(engine: RankedEngine, lr: float) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 5 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        apply_gradient(engine, lr)
+
+    RankedEngine.apply_gradient = deadly  # type: ignore[method-assign]
+    return train_in_world(world, config)
+
+
+def test_a_killed_rank_ends_the_others_and_fewer_go_on(make_config: MakeConfig, alone: Config, tmp_path: Path) -> None:
+    config = make_config("killed", **settings(2))
+    (folder := tmp_path / "results").mkdir()
+    survivor, killed = run_ranks(2, killed_at_step_5, config, folder=folder)
+    assert survivor == RANK_LOST
+    assert "ended with status -9" in str(killed)
+    assert open_checkpoint(config.run_dir).state["step"] == 3
+    on_ranks(1, config, tmp_path)
+    assert_same_course(config, alone)
+
+
+@pytest.mark.parametrize(
+    ("stage", "train", "complaint"),
+    [
+        (1, {"batch_size": 5}, "train.batch_size 5 cannot be shared equally by 2 ranks: make it a multiple of 2"),
+        (1, {"micro_batch_size": 2}, "train.micro_batch_size 2 does not divide the 3 sequences of one of 2 ranks"),
+        (3, {"statistics_every": 2}, "train.statistics_every needs distributed.zero_stage 0, 1 or 2"),
+        (3, {"compile": True}, "train.compile needs distributed.zero_stage 0, 1 or 2"),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    make_config: MakeConfig, tmp_path: Path, stage: int, train: dict[str, Any], complaint: str
+) -> None:
+    config = make_config("odd", **settings(stage, **train))
+    for error in run_ranks(2, train_in_world, config, folder=tmp_path):
+        assert isinstance(error, ConfigError) and complaint in str(error)
+    assert not Path(config.run_dir).exists()
+
+
+def test_one_rank_needs_no_launcher(make_config: MakeConfig, alone: Config) -> None:
+    """In a process of its own: DeepSpeed stays in the process that it was once used in."""
+    config = make_config("one", **settings(3))
+    save_config(config, path := Path(config.run_dir).with_suffix(".yaml"))
+    command = [sys.executable, "train.py", str(path)]
+    done = subprocess.run(command, cwd=Path(train_script.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_course(config, alone)
+
+
+def agree_on(world: World, configs: list[Config]) -> None:
+    agree(world, configs[world.rank])
+
+
+def test_ranks_with_other_settings_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    configs = [make_config("same", **settings(1, steps=steps)) for steps in (9, 8)]
+    for error in run_ranks(2, agree_on, configs, folder=tmp_path):
+        assert isinstance(error, RankError)
+        assert "the config differs: rank 0 has " in str(error) and "give all ranks the same command" in str(error)
+
+
+def test_ranks_without_a_word_of_them_in_the_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    path = Path(train_script.__file__).parent / "configs/quickstart.yaml"
+    assert train_script.main([str(path), f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "4 ranks were started, but distributed is null: give distributed={}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_in_use_is_refused_on_all_ranks(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("used", **settings(1))
+    Path(config.run_dir).mkdir()
+    (Path(config.run_dir) / "notes.txt").write_text(json.dumps("mine"))
+    for error in run_ranks(2, train_in_world, config, folder=tmp_path):
+        assert "holds files, but no run" in str(error)
