@@ -14,17 +14,20 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 from engram.config import Config, UserError
+from engram.distributed.expert_parallel import ShardedExperts, sharded_experts
 from engram.distributed.model_entry import ModelEntry, modules_outside, taken_out
 from engram.distributed.role_steps import RoleSteps, divided_share, undivided_shares
 from engram.distributed.shares import (
     Member,
+    Piece,
     Share,
     along_group,
     along_parameters,
     copy_pieces,
+    in_parts,
     lacks,
     saved_tensor,
     whole_states,
@@ -71,10 +74,18 @@ class Backbone:
         own = [each for each in assignments if each.role != "table"]
         shapes = {each.name: each.shape for each in own}
         outside = modules_outside(model, {each.parameter for each in own})
-        self._steps = RoleSteps(own)
+        self._expert_ranks = config.distributed.expert_ranks
+        self._experts = {
+            parameter: module for module in sharded_experts(model).values() for parameter in module.parameters()
+        }
+        expert_group = f"ep_size_{self._expert_ranks}"
+        self._steps = RoleSteps(own, self._experts, {"moe": True, "name": expert_group})
         settings = _settings(config, world, sum(each.numel for each in own), persistence_threshold)
         entry = ModelEntry(model, [model.get_submodule(name) for name in outside])
         deepspeed = _import_deepspeed(world)
+        if self._experts:
+            with _quiet():
+                _divide_experts(entry, self._experts, expert_group, self._expert_ranks, self.stage)
         with _quiet(), taken_out(model, outside):
             self._engine = deepspeed.initialize(model=entry, optimizer=self._steps, config=settings)[0]
         self._zero = self._engine.optimizer
@@ -99,8 +110,14 @@ class Backbone:
     def squared_norm(self) -> Tensor:
         """Sum of squares of the whole gradient, float64 [], the same on all ranks; collective."""
         norms = [torch.linalg.vector_norm(part) for share in self.shares for part in self._gradient_parts(share)]
-        total = torch.stack(norms).double().square().sum().to(self.world.device)
-        return total if self.stage == 0 else self.world.sum(total)
+        squares = torch.stack(norms).double().square().to(self.world.device)
+        if self.stage == 0:
+            # Each counts on every rank that holds it: all ranks, or those with the same experts.
+            experts = [share.members[0].assignment.parameter in self._experts for share in self.shares]
+            holders = torch.full_like(squares, self.world.size)
+            holders[torch.tensor(experts, device=holders.device)] /= self._expert_ranks
+            squares = squares / holders
+        return self.world.sum(squares.sum())
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -151,8 +168,8 @@ class Backbone:
         for share in self.shares:
             for member in share.members:
                 whole = member.assignment.parameter.detach()
-                # Before stage 3, every rank holds every parameter.
-                if self.stage == 3:
+                # Before stage 3, every rank holds every parameter, but for other ranks' experts.
+                if self.stage == 3 or member.assignment.parameter in self._experts:
                     whole = whole_tensor(member, share.weights.detach(), self.world)
                 yield member.name, whole
 
@@ -190,23 +207,38 @@ class Backbone:
 
     def _make_shares(self, shapes: Mapping[str, torch.Size], config: Config) -> list[Share]:
         if self.stage == 0:
-            return undivided_shares(self._steps, config.optim)
+            holders = range(self.world.size // self._expert_ranks)
+            parts: dict[Tensor, Member] = {
+                each.parameter: self._member(each, each.shape, tuple(Piece(rank, 0, 0, each.numel) for rank in holders))
+                for kind in self._steps.kinds
+                for each in kind
+                if each.parameter in self._experts
+            }
+            return undivided_shares(self._steps, config.optim, parts)
         assignments = {each.parameter: each for kind in self._steps.kinds for each in kind}
         groups = self._zero.fp16_groups if self.stage == 3 else self._zero.bit16_groups
         shares = []
         for index, parameters in enumerate(groups):
             own = [assignments[parameter] for parameter in parameters]
             sizes = [shapes[each.name].numel() for each in own]
+            ranks = self.world.size // (self._expert_ranks if own[0].parameter in self._experts else 1)
             if self.stage == 3:
                 weights = self._zero.fp32_partitioned_groups_flat[index]
-                pieces = along_parameters(sizes, self.world.size)
+                pieces = along_parameters(sizes, ranks)
             else:
                 weights = self._zero.single_partition_of_fp32_groups[index]
-                pieces = along_group(sizes, weights.numel(), self.world.size)
-            members = [Member(each, shapes[each.name], where) for each, where in zip(own, pieces, strict=True)]
+                pieces = along_group(sizes, weights.numel(), ranks)
+            members = [self._member(each, shapes[each.name], where) for each, where in zip(own, pieces, strict=True)]
             key = f"{own[0].role} {index}"
             shares.append(divided_share(self._steps, key, weights, members, config.optim, self.world))
         return shares
+
+    def _member(self, each: Assignment, shape: torch.Size, pieces: tuple[Piece, ...]) -> Member:
+        """Of divided experts, what all ranks hold together."""
+        if each.parameter not in self._experts:
+            return Member(each, shape, pieces)
+        whole = torch.Size((shape[0] * self._expert_ranks, *shape[1:]))
+        return Member(each, whole, in_parts(pieces, self._expert_ranks, shape.numel()))
 
     def _gradient_parts(self, share: Share) -> list[Tensor]:
         """This rank's gradient: tensors that make up that of the share's weights, one behind the other."""
@@ -227,9 +259,49 @@ class Backbone:
         if self.stage == 3:
             for piece in member.pieces_on(self.world.rank):
                 parameter.ds_tensor[: piece.length].copy_(whole.reshape(-1)[piece.start : piece.start + piece.length])
+        if (module := self._experts.get(parameter)) is not None:
+            whole = whole[module.first : module.first + module.num_local]
         # In stage 3 it is empty, unless it is too small to be divided.
         if parameter.shape == whole.shape:
             parameter.copy_(whole)
+
+
+def _divide_experts(
+    entry: nn.Module, experts: Mapping[nn.Parameter, ShardedExperts], name: str, size: int, stage: int
+) -> None:
+    """Tell DeepSpeed which parameters are other ones on other ranks: it sums their gradients, and divides them, among
+    the ranks that hold the same ones. It takes the mean over all ranks, as of other gradients.
+
+    Without the marks it would overwrite all experts with those of rank 0, and mix up their gradients.
+    """
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    class Mark(MoE):
+        """Stages 0 to 2 look at experts only where a module of this class is found."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = 0
+
+        def set_deepspeed_parallelism(self, *_: object) -> None:
+            """The groups are there already."""
+
+    # Its own view of the ranks that have met already.
+    deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
+    groups._create_expert_and_data_parallel(size)
+    for parameter in experts:
+        marks = {"allreduce": False, "group_name": name}
+        if stage == 3:
+            # Which refuses modules of its own class, but not the parameters of another kind of layer.
+            group = groups._get_expert_data_parallel_group(name)
+            marks["ds_zero_placement_family"] = "autoep_expert"
+            marks["ds_zero_partition_group_name"] = name
+            marks["ds_zero_partition_process_group"] = group
+        vars(parameter).update(marks)
+    if stage < 3:
+        entry.expert_mark = Mark()
 
 
 def _settings(config: Config, world: World, elements: int, persistence_threshold: int) -> dict[str, Any]:

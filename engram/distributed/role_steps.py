@@ -1,6 +1,6 @@
 """The optimizer that DeepSpeed calls: it hands each tensor that it is given to the role that moves it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +17,30 @@ from engram.optim.role import Role
 
 
 class RoleSteps(torch.optim.Optimizer):
-    """Groups of parameters that share a role, a factor on the learning rate and a weight decay.
+    """Groups of parameters that share a role, a factor on the learning rate and a weight decay; some stay apart.
 
     DeepSpeed puts flat float32 tensors into the place of the parameters (stages 1 to 3) and may call `step` for some of
     them at a time. Its own optimizers are not used: its Muon is recognised by class, has other scales, splits no stored
     matrix into several, and takes gradients into its momentum before they could be clipped.
     """
 
-    def __init__(self, assignments: Sequence[Assignment]) -> None:
-        kinds: dict[tuple[str, float, float], list[Assignment]] = {}
+    def __init__(
+        self,
+        assignments: Sequence[Assignment],
+        apart: Container[Tensor] = (),
+        marks: Mapping[str, object] | None = None,
+    ) -> None:
+        """Parameters in `apart` are never in a group with others; `marks` are keys of their groups."""
+        kinds: dict[tuple[str, float, float, bool], list[Assignment]] = {}
         for each in assignments:
-            kinds.setdefault((each.role, each.lr_multiplier, each.weight_decay), []).append(each)
+            kind = each.role, each.lr_multiplier, each.weight_decay, each.parameter in apart
+            kinds.setdefault(kind, []).append(each)
         self.kinds = list(kinds.values())
-        super().__init__([{"params": [each.parameter for each in kind]} for kind in self.kinds], {"lr": 0.0})
+        groups = [
+            {"params": [each.parameter for each in same], **(marks or {} if marked else {})}
+            for (*_, marked), same in kinds.items()
+        ]
+        super().__init__(groups, {"lr": 0.0})
         self.roles: dict[Tensor, Role] = {}
         # None: the next steps change nothing.
         self.lr: float | None = None
@@ -43,8 +54,11 @@ class RoleSteps(torch.optim.Optimizer):
             role.step(self.lr)
 
 
-def undivided_shares(steps: RoleSteps, optim: OptimConfig) -> list[Share]:
-    """Every parameter as a share of its own, all of it on every rank; gives `steps` the roles of one process."""
+def undivided_shares(steps: RoleSteps, optim: OptimConfig, members: Mapping[Tensor, Member]) -> list[Share]:
+    """Every parameter as a share of its own, undivided; gives `steps` the roles of one process.
+
+    `members`: those that are part of larger parameters. All others are the same on every rank.
+    """
     shares = []
     roles: dict[str, Role] = {}
     assignments = [each for kind in steps.kinds for each in kind]
@@ -57,7 +71,7 @@ def undivided_shares(steps: RoleSteps, optim: OptimConfig) -> list[Share]:
             roles[name] = AdamW(own, optim.betas, optim.eps)
     for each in assignments:
         steps.roles[each.parameter] = roles[each.role]
-        member = Member(each, each.shape, ())
+        member = members.get(each.parameter) or Member(each, each.shape, ())
         shares.append(Share(each.parameter, [member], roles[each.role], key=each.name))
     return shares
 

@@ -75,6 +75,18 @@ def along_parameters(sizes: Sequence[int], ranks: int) -> list[tuple[Piece, ...]
     ]
 
 
+def in_parts(pieces: Sequence[Piece], parts: int, size: int) -> tuple[Piece, ...]:
+    """Pieces of a parameter in `parts` parts of `size` elements, of which the ranks p, p + parts, ... hold part p.
+
+    `pieces`: how those ranks, counted from 0, divide their part among themselves.
+    """
+    return tuple(
+        Piece(piece.rank * parts + part, piece.offset, part * size + piece.start, piece.length)
+        for part in range(parts)
+        for piece in pieces
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Share:
     """This rank's part of a group of parameters that are updated alike: float32 weights, flat, and their optimizer."""
@@ -112,8 +124,11 @@ def whole_tensor(member: Member, flat: Tensor, world: World) -> Tensor:
     if not member.pieces:
         return flat.view(member.shape)
     whole = torch.zeros(member.shape.numel(), dtype=flat.dtype, device=world.device)
+    flat = flat.reshape(-1)
     for piece in member.pieces_on(world.rank):
-        whole[piece.start : piece.start + piece.length] = flat[piece.offset : piece.offset + piece.length]
+        # Several ranks may hold the same piece: the first of them gives it.
+        if piece.rank == min(each.rank for each in member.pieces if each.start == piece.start):
+            whole[piece.start : piece.start + piece.length] = flat[piece.offset : piece.offset + piece.length]
     # A sum of integers, all but one of them 0, keeps every bit, also those of NaN and -0.
     world.sum(whole.view(torch.int32))
     return whole.view(member.shape)

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from engram.config import Config, ConfigError
+from engram.config import Config, ConfigError, DistributedConfig
 from engram.distributed.deepspeed import Backbone
+from engram.distributed.expert_parallel import shard_experts, sum_router_loads
 from engram.distributed.replicated_tables import sum_table_gradients
 from engram.distributed.world import World
 from engram.model.evaluation import TokenBatch, to_device
@@ -34,8 +35,9 @@ class RankedEngine:
         self.config = config
         self.device = device
         self.world = world
-        _check(config, world)
+        settings = _check(config, world)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        shard_experts(model, world, settings.expert_ranks, settings.timeout_seconds)
         assignments = assign_roles(model.named_parameters(), config.optim)
         # DeepSpeed leaves empty parameters behind.
         self._roles_table = roles_table(assignments)
@@ -94,8 +96,7 @@ class RankedEngine:
     def apply_gradient(self, lr: float) -> None:
         self.backbone.step(lr)
         self._table_optimizer.step(lr)
-        for load in self._router_loads():
-            self.world.sum(load)
+        sum_router_loads(self.model, self.world)
         self.model.update_router_bias()
         self._table_optimizer.zero_grad()
 
@@ -196,7 +197,8 @@ def _file_name(kind: str, rank: int, part: int) -> str:
     return kind if rank == 0 and part == 0 else f"{kind}-{rank:05d}-{part:05d}"
 
 
-def _check(config: Config, world: World) -> None:
+def _check(config: Config, world: World) -> DistributedConfig:
+    """The settings, where they go together. Raises ConfigError."""
     settings, train = config.distributed, config.train
     assert settings is not None
     if train.batch_size % world.size:
@@ -204,11 +206,8 @@ def _check(config: Config, world: World) -> None:
             f"train.batch_size {train.batch_size} cannot be shared equally by {world.size} ranks: make it a multiple "
             f"of {world.size}"
         )
-    if settings.table_ranks is not None or settings.expert_ranks > 1:
-        raise ConfigError(
-            "distributed.table_ranks and expert_ranks: training divides neither tables nor experts yet: leave "
-            "them at null and 1"
-        )
+    if settings.table_ranks is not None:
+        raise ConfigError("distributed.table_ranks: training does not divide tables yet: leave it at null")
     share = train.batch_size // world.size
     if train.micro_batch_size and share % train.micro_batch_size:
         raise ConfigError(
@@ -219,3 +218,4 @@ def _check(config: Config, world: World) -> None:
         for name in ("statistics_every", "compile"):
             if getattr(train, name):
                 raise ConfigError(f"train.{name} needs distributed.zero_stage 0, 1 or 2: stage 3 divides the layers")
+    return settings

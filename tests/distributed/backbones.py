@@ -9,6 +9,7 @@ from torch import Tensor
 from engram.config import Config, parse_config
 from engram.data.loader import Batch
 from engram.distributed.deepspeed import Backbone
+from engram.distributed.expert_parallel import shard_experts
 from engram.distributed.world import World
 from engram.model.transformer import IGNORE, Transformer
 from engram.optim.groups import assign_roles
@@ -113,6 +114,8 @@ class RankProcess:
         self.world, self.config = world, config
         self.model = fresh_model(config, seed)
         self.model.activation_checkpointing = checkpointing
+        assert config.distributed is not None
+        shard_experts(self.model, world, config.distributed.expert_ranks)
         assignments = assign_roles(self.model.named_parameters(), config.optim)
         self.tables = [each for each in assignments if each.role == "table"]
         self.table_role = RowAdam(self.tables, config.optim.table.betas, config.optim.table.eps)

@@ -14,7 +14,7 @@ import torch
 
 import train as train_script
 from engram.config import Config, save_config
-from engram.config_file import ConfigError
+from engram.config_file import UserError
 from engram.distributed.world import RankError, World
 from engram.training.checkpoint import load_model, open_checkpoint
 from engram.training.metrics import read_metrics
@@ -89,6 +89,23 @@ def test_two_ranks_train_what_one_process_trains(
         )
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_divided_experts_train_and_go_on_undivided(make_config: MakeConfig, tmp_path: Path, stage: int) -> None:
+    changes = settings(stage) | {"model": {"moe": {"num_experts": 6}}}
+    alone = make_config("alone", **{**changes, "distributed": None})
+    assert Trainer(alone).fit() == 0
+    divided = {**changes, "distributed": {"zero_stage": stage, "expert_ranks": 2}}
+    on_ranks(2, make_config("divided", **{**divided, "train": {**changes["train"], "stop_after": 6}}), tmp_path)
+    config = make_config("divided", **changes)
+    on_ranks(2, config, tmp_path)
+    ours, theirs = losses(config), losses(alone)
+    torch.testing.assert_close(ours[:4], theirs[:4], rtol=1e-5, atol=0)
+    # Experts sum in another order, and sooner or later a token near a tie chooses another one.
+    torch.testing.assert_close(ours[:, 0], theirs[:, 0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours[:, 1], theirs[:, 1], rtol=1e-2, atol=0)
+    assert validation_losses(config) == pytest.approx(validation_losses(alone), abs=1e-4)
+
+
 def test_a_run_goes_on_with_other_ranks_and_stages(make_config: MakeConfig, alone: Config, tmp_path: Path) -> None:
     for ranks, stage, stop in ((2, 2, 3), (3, 3, 6)):
         on_ranks(ranks, make_config("moving", **settings(stage, stop_after=stop)), tmp_path)
@@ -142,6 +159,7 @@ def test_a_killed_rank_ends_the_others_and_fewer_go_on(make_config: MakeConfig, 
     [
         (1, {"batch_size": 5}, "train.batch_size 5 cannot be shared equally by 2 ranks: make it a multiple of 2"),
         (1, {"micro_batch_size": 2}, "train.micro_batch_size 2 does not divide the 3 sequences of one of 2 ranks"),
+        (1, {"experts": 2}, "distributed.expert_ranks"),
         (3, {"statistics_every": 2}, "train.statistics_every needs distributed.zero_stage 0, 1 or 2"),
         (3, {"compile": True}, "train.compile needs distributed.zero_stage 0, 1 or 2"),
     ],
@@ -149,9 +167,11 @@ def test_a_killed_rank_ends_the_others_and_fewer_go_on(make_config: MakeConfig, 
 def test_settings_that_do_not_go_together(
     make_config: MakeConfig, tmp_path: Path, stage: int, train: dict[str, Any], complaint: str
 ) -> None:
-    config = make_config("odd", **settings(stage, **train))
+    experts = {"expert_ranks": train.pop("experts")} if "experts" in train else {}
+    changes = settings(stage, **train)
+    config = make_config("odd", **{**changes, "distributed": {**changes["distributed"], **experts}})
     for error in run_ranks(2, train_in_world, config, folder=tmp_path):
-        assert isinstance(error, ConfigError) and complaint in str(error)
+        assert isinstance(error, UserError) and complaint in str(error)
     assert not Path(config.run_dir).exists()
 
 
