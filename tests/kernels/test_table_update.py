@@ -326,6 +326,26 @@ def test_rounding_is_the_same_to_the_bit(impl: Implementation) -> None:
     assert torch.equal(table[rows].view(torch.int16), expected.view(torch.int16))
 
 
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
+def test_a_part_of_a_table_rounds_as_the_whole(impl: Implementation) -> None:
+    """Rows 17 to 40 of a table, held by themselves and in another order, with numbers from beyond 2^32 on."""
+    first, rows = 2**33 + 5, torch.arange(17, 40)
+    start, gradient = torch.randn(23, 16).bfloat16(), torch.randint(-8, 9, (23, 16)) / 8
+    outcomes: dict[str, list[Tensor]] = {}
+    for name, order in (("in order", torch.arange(23)), ("held otherwise", torch.randperm(23))):
+        adam, adagrad = start[order], start[order]
+        settings: dict[str, Any] = dict(seed=5, row_ids=first + rows[order], impl=impl)
+        plan = RowPlan.of_sums(torch.arange(23))
+        row_adam_(adam, *adam_state(adam), gradient[order], plan, **ADAM, **settings)
+        rowwise_adagrad_(adagrad, torch.zeros(23), gradient[order], plan, **ADAGRAD, **settings)
+        outcomes[name] = [each[order.argsort()] for each in (adam, adagrad)]
+    local = start.clone()
+    row_adam_(local, *adam_state(local), gradient, plan, **ADAM, seed=5, impl=impl)
+    for ordered, otherwise in zip(*outcomes.values(), strict=True):
+        assert torch.equal(ordered, otherwise)
+    assert not torch.equal(local, outcomes["in order"][0])
+
+
 # ----------------------------------------------------------------------------------------------- dispatcher, bad input
 
 

@@ -59,6 +59,7 @@ def row_adam_(
     eps: float,
     weight_decay: float = 0.0,
     seed: int = 0,
+    row_ids: Tensor | None = None,
     impl: Implementation = "auto",
 ) -> None:
     """Adam on the plan's rows, with g the sum of a row's gradients and t its own number of updates, this one included:
@@ -66,13 +67,14 @@ def row_adam_(
     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  w = (1 - lr wd) w - lr m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps)
 
     In place: `table` [R, D] float32 or bfloat16 (rounded stochastically by an integer hash of seed, row and column),
-    `first` and `second` [R, D] float32, `row_step` [R] int32. `gradient` as in `sum_rows`; 0 <= seed < 2^32. Raises
+    `first` and `second` [R, D] float32, `row_step` [R] int32. `gradient` as in `sum_rows`; 0 <= seed < 2^32. Where
+    `table` is a part of a larger one, `row_ids` [U] int64 number the plan's rows there, for the rounding. Raises
     TypeError, ValueError, and on CPU IndexError for a row that the table does not have (elsewhere it is left out).
     """
     state = {"first": (first, table.shape), "second": (second, table.shape), "row_step": (row_step, table.shape[:1])}
-    _check_update(table, gradient, plan, seed, state)
+    _check_update(table, gradient, plan, seed, row_ids, state)
     chosen = _choice("row_adam_", impl, table.device.type, table.shape[1])
-    settings = (lr, *betas, eps, weight_decay, seed, chosen)
+    settings = (lr, *betas, eps, weight_decay, seed, chosen, row_ids)
     operators.row_adam_(table.detach(), first, second, row_step, gradient, *plan, *settings)
 
 
@@ -86,15 +88,16 @@ def rowwise_adagrad_(
     eps: float,
     weight_decay: float = 0.0,
     seed: int = 0,
+    row_ids: Tensor | None = None,
     impl: Implementation = "auto",
 ) -> None:
     """s = s + mean_j g_j^2;  w = (1 - lr wd) w - lr g / (sqrt(s) + eps) on the plan's rows (arXiv 1906.00091).
 
     In place: `square_sum` [R] float32; everything else as in `row_adam_`.
     """
-    _check_update(table, gradient, plan, seed, {"square_sum": (square_sum, table.shape[:1])})
+    _check_update(table, gradient, plan, seed, row_ids, {"square_sum": (square_sum, table.shape[:1])})
     chosen = _choice("rowwise_adagrad_", impl, table.device.type, table.shape[1])
-    settings = (lr, eps, weight_decay, seed, chosen)
+    settings = (lr, eps, weight_decay, seed, chosen, row_ids)
     operators.rowwise_adagrad_(table.detach(), square_sum, gradient, *plan, *settings)
 
 
@@ -134,7 +137,12 @@ def _check_gradient(gradient: Tensor, plan: RowPlan) -> None:
 
 
 def _check_update(
-    table: Tensor, gradient: Tensor, plan: RowPlan, seed: int, state: dict[str, tuple[Tensor, torch.Size]]
+    table: Tensor,
+    gradient: Tensor,
+    plan: RowPlan,
+    seed: int,
+    row_ids: Tensor | None,
+    state: dict[str, tuple[Tensor, torch.Size]],
 ) -> None:
     _check_gradient(gradient, plan)
     if table.dtype not in _DTYPES:
@@ -152,6 +160,14 @@ def _check_update(
             raise TypeError(f"{name} is {tensor.dtype}, but must be {dtype}")
         if tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(f"{name} must be a contiguous tensor {list(shape)}, not {list(tensor.shape)}")
-    devices = {each.device for each in (table, gradient, plan.rows, *(tensor for tensor, _ in state.values()))}
+    if row_ids is None:
+        row_ids = plan.rows
+    if row_ids.dtype != torch.int64 or row_ids.shape != plan.rows.shape or not row_ids.is_contiguous():
+        raise ValueError(
+            f"row_ids must be a contiguous int64 {list(plan.rows.shape)}, one for each row of the plan, not "
+            f"{row_ids.dtype} {list(row_ids.shape)}"
+        )
+    tensors = table, gradient, plan.rows, row_ids, *(tensor for tensor, _ in state.values())
+    devices = {each.device for each in tensors}
     if len(devices) > 1:
         raise ValueError(f"table, state, gradient and plan lie on several devices: {', '.join(map(str, devices))}")

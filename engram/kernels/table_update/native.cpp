@@ -212,6 +212,8 @@ struct RowAdam {
     int64_t width;
     float lr, rise1, beta2, rise2, eps, keep;
     uint32_t seed;
+    // The rows' numbers in the whole table, of which this one may be a part.
+    const int64_t *row_ids;
     const Correction &correction1, &correction2;
 
     void prefetch(int64_t row) const {
@@ -220,10 +222,10 @@ struct RowAdam {
         prefetch_row(second + row * width, width);
         __builtin_prefetch(row_step + row);
     }
-    void operator()(int64_t, int64_t row, const float *__restrict sum) const {
+    void operator()(int64_t u, int64_t row, const float *__restrict sum) const {
         int32_t step = ++row_step[row];
         float size = lr / correction1(step), unbias = 1.0f / correction2(step);
-        uint32_t key = row_key(seed, row);
+        uint32_t key = row_key(seed, row_ids[u]);
         Table *__restrict weight = table + row * width;
         float *__restrict mean = first + row * width, *__restrict square = second + row * width;
         for (int64_t d = 0; d < width; d++) {
@@ -244,18 +246,19 @@ struct RowwiseAdagrad {
     int64_t width;
     float lr, eps, keep;
     uint32_t seed;
+    const int64_t *row_ids;
 
     void prefetch(int64_t row) const {
         prefetch_row(table + row * width, width);
         __builtin_prefetch(square_sum + row);
     }
-    void operator()(int64_t, int64_t row, const float *__restrict sum) const {
+    void operator()(int64_t u, int64_t row, const float *__restrict sum) const {
         float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
         for (int64_t d = 0; d < width; d++) squares += sum[d] * sum[d];
         square_sum[row] += squares / static_cast<float>(width);
         float size = lr / (std::sqrt(square_sum[row]) + eps);
-        uint32_t key = row_key(seed, row);
+        uint32_t key = row_key(seed, row_ids[u]);
         Table *__restrict weight = table + row * width;
         for (int64_t d = 0; d < width; d++) {
             float moved = keep * to_float(weight[d]) - size * sum[d];
@@ -282,7 +285,8 @@ extern "C" void sum_rows(const Plan *plan, void *gradient, bool bf16_gradient, i
 
 extern "C" void row_adam(const Plan *plan, void *gradient, bool bf16_gradient, int64_t width, float *chunk_sums,
                          void *table, bool bf16_table, float *first, float *second, int32_t *row_step, double lr,
-                         double beta1, double beta2, double eps, double weight_decay, uint32_t seed) {
+                         double beta1, double beta2, double eps, double weight_decay, uint32_t seed,
+                         const int64_t *row_ids) {
     Correction correction1(beta1), correction2(beta2);
     auto rate = static_cast<float>(lr), decay = static_cast<float>(1.0 - lr * weight_decay);
     auto rise1 = static_cast<float>(1.0 - beta1), rise2 = static_cast<float>(1.0 - beta2);
@@ -290,7 +294,7 @@ extern "C" void row_adam(const Plan *plan, void *gradient, bool bf16_gradient, i
         with_type(table, bf16_table, [&](auto *weights) {
             using Table = std::remove_pointer_t<decltype(weights)>;
             RowAdam<Table> update{weights, first, second, row_step, width, rate, rise1, static_cast<float>(beta2),
-                                  rise2, static_cast<float>(eps), decay, seed, correction1, correction2};
+                                  rise2, static_cast<float>(eps), decay, seed, row_ids, correction1, correction2};
             for_each_row(*plan, values, width, chunk_sums, update);
         });
     });
@@ -298,12 +302,13 @@ extern "C" void row_adam(const Plan *plan, void *gradient, bool bf16_gradient, i
 
 extern "C" void rowwise_adagrad(const Plan *plan, void *gradient, bool bf16_gradient, int64_t width, float *chunk_sums,
                                 void *table, bool bf16_table, float *square_sum, double lr, double eps,
-                                double weight_decay, uint32_t seed) {
+                                double weight_decay, uint32_t seed, const int64_t *row_ids) {
     auto rate = static_cast<float>(lr), decay = static_cast<float>(1.0 - lr * weight_decay);
     with_type(gradient, bf16_gradient, [&](auto *values) {
         with_type(table, bf16_table, [&](auto *weights) {
             using Table = std::remove_pointer_t<decltype(weights)>;
-            RowwiseAdagrad<Table> update{weights, square_sum, width, rate, static_cast<float>(eps), decay, seed};
+            RowwiseAdagrad<Table> update{weights, square_sum, width, rate, static_cast<float>(eps), decay, seed,
+                                         row_ids};
             for_each_row(*plan, values, width, chunk_sums, update);
         });
     });

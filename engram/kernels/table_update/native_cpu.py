@@ -48,10 +48,12 @@ def row_adam_native_(
     eps: float,
     weight_decay: float,
     seed: int,
+    row_ids: Tensor,
 ) -> None:
     state = (_pointer(each) for each in (first, second, row_step))
     settings = map(ctypes.c_double, (lr, *betas, eps, weight_decay))
-    _call("row_adam", gradient, plan, _pointer(table), _is_bf16(table), *state, *settings, ctypes.c_uint32(seed))
+    rounding = ctypes.c_uint32(seed), _pointer(row_ids)
+    _call("row_adam", gradient, plan, _pointer(table), _is_bf16(table), *state, *settings, *rounding)
 
 
 def rowwise_adagrad_native_(
@@ -64,10 +66,11 @@ def rowwise_adagrad_native_(
     eps: float,
     weight_decay: float,
     seed: int,
+    row_ids: Tensor,
 ) -> None:
     settings = map(ctypes.c_double, (lr, eps, weight_decay))
     weights = (_pointer(table), _is_bf16(table), _pointer(square_sum))
-    _call("rowwise_adagrad", gradient, plan, *weights, *settings, ctypes.c_uint32(seed))
+    _call("rowwise_adagrad", gradient, plan, *weights, *settings, ctypes.c_uint32(seed), _pointer(row_ids))
 
 
 def _call(name: str, gradient: Tensor, plan: RowPlan, *arguments: object) -> None:

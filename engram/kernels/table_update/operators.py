@@ -53,9 +53,18 @@ def row_adam_(
     weight_decay: float,
     seed: int,
     impl: str,
+    row_ids: Tensor | None = None,
 ) -> None:
     _check_plan(table, rows, starts, order, num_reads)
-    settings = dict(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, seed=seed)
+    row_ids = rows if row_ids is None else row_ids
+    settings = dict(
+        lr=lr,
+        betas=(beta1, beta2),
+        eps=eps,
+        weight_decay=weight_decay,
+        seed=seed,
+        row_ids=rows if row_ids is None else row_ids,
+    )
     plan = RowPlan(rows, starts, order, num_reads)
     if len(rows):
         with torch.cuda.device_of(table):
@@ -76,9 +85,11 @@ def rowwise_adagrad_(
     weight_decay: float,
     seed: int,
     impl: str,
+    row_ids: Tensor | None = None,
 ) -> None:
     _check_plan(table, rows, starts, order, num_reads)
-    settings = dict(lr=lr, eps=eps, weight_decay=weight_decay, seed=seed)
+    row_ids = rows if row_ids is None else row_ids
+    settings = dict(lr=lr, eps=eps, weight_decay=weight_decay, seed=seed, row_ids=row_ids)
     plan = RowPlan(rows, starts, order, num_reads)
     if len(rows):
         with torch.cuda.device_of(table):

@@ -60,6 +60,7 @@ def row_adam_ref_(
     eps: float,
     weight_decay: float,
     seed: int,
+    row_ids: Tensor,
 ) -> None:
     rows, gradient_UD = plan.rows, sum_rows_ref(gradient_ND, plan)
     beta1, beta2 = betas
@@ -73,7 +74,7 @@ def row_adam_ref_(
     correction1 = (1 - beta1 ** step_U.double()).float()[:, None]
     correction2 = (1 - beta2 ** step_U.double()).float()[:, None]
     update_UD = mean_UD.div_(correction1).div_(square_UD.div_(correction2).sqrt_().add_(eps))
-    _move(table, rows, update_UD.mul_(lr), 1 - lr * weight_decay, seed)
+    _move(table, rows, update_UD.mul_(lr), 1 - lr * weight_decay, seed, row_ids)
 
 
 def rowwise_adagrad_ref_(
@@ -86,17 +87,18 @@ def rowwise_adagrad_ref_(
     eps: float,
     weight_decay: float,
     seed: int,
+    row_ids: Tensor,
 ) -> None:
     rows, gradient_UD = plan.rows, sum_rows_ref(gradient_ND, plan)
     sum_U = square_sum.index_select(0, rows).add_(gradient_UD.square().mean(dim=1))
     square_sum.index_copy_(0, rows, sum_U)
     step_size_U1 = (lr / sum_U.sqrt_().add_(eps))[:, None]
-    _move(table, rows, gradient_UD.mul_(step_size_U1), 1 - lr * weight_decay, seed)
+    _move(table, rows, gradient_UD.mul_(step_size_U1), 1 - lr * weight_decay, seed, row_ids)
 
 
-def _move(table: Tensor, rows_U: Tensor, update_UD: Tensor, keep: float, seed: int) -> None:
+def _move(table: Tensor, rows_U: Tensor, update_UD: Tensor, keep: float, seed: int, row_ids_U: Tensor) -> None:
     """w = keep w - update on some rows, rounded as the table's dtype asks."""
     weight_UD = table.index_select(0, rows_U).float().mul_(keep).sub_(update_UD)
     if table.dtype == torch.bfloat16:
-        weight_UD = round_stochastically(weight_UD, seed, rows_U)
+        weight_UD = round_stochastically(weight_UD, seed, row_ids_U)
     table.index_copy_(0, rows_U, weight_UD)

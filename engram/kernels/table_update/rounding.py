@@ -16,7 +16,7 @@ MIX_1, MIX_2 = 0x7FEB352D, 0x846CA68B
 def round_stochastically(values_UD: Tensor, seed: int, rows_U: Tensor) -> Tensor:
     """float32 [U, D] -> bfloat16: up with the probability of the part that is cut off, so that the mean is kept.
 
-    0 <= seed < 2^32; `rows_U` int64 are the rows' numbers in their table. Infinity and NaN stay.
+    0 <= seed < 2^32; `rows_U` int64 are the rows' numbers in the whole table. Infinity and NaN stay.
     """
     bits_UD = values_UD.view(torch.int32)
     rounded_UD = bits_UD + random_bits(seed, rows_U, values_UD.shape[1])

@@ -46,7 +46,7 @@ def load_rows(pointers, mask):
 
 @triton.jit
 def store_rows(pointers, values, rows, columns, seed, mask):
-    """The inverse, rounding stochastically as rounding.py does; `rows` int64 are the rows' numbers."""
+    """The inverse, rounding stochastically as rounding.py does; `rows` int64: numbers in the whole table."""
     if pointers.dtype.element_ty == tl.int16:
         bits = values.to(tl.uint32, bitcast=True)
         low, high = (rows & 0xFFFFFFFF).to(tl.uint32), (rows >> 32).to(tl.uint32)
@@ -157,6 +157,7 @@ def _row_adam_kernel(
     starts,
     hot_sums,
     rows,
+    row_ids,
     table,
     first,
     second,
@@ -180,6 +181,7 @@ def _row_adam_kernel(
     u = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = tl.load(rows + u, mask=u < num_rows, other=table_rows)
     live = row < table_rows
+    row_id = tl.load(row_ids + u, mask=live, other=0)
     columns = tl.arange(0, COLUMNS)
     inside = live[:, None] & (columns < D)[None, :]
     g = _row_sums(gradient, order, starts, hot_sums, u, live, columns, D, CHUNK)
@@ -195,7 +197,7 @@ def _row_adam_kernel(
     size = lr / (1 - tl.exp2(step.to(tl.float64) * log2_beta1)).to(tl.float32)
     unbias = 1 / (1 - tl.exp2(step.to(tl.float64) * log2_beta2)).to(tl.float32)
     update = size[:, None] * m / (tl.sqrt(v * unbias[:, None]) + eps)
-    store_rows(table + at, keep * load_rows(table + at, inside) - update, row, columns, seed, inside)
+    store_rows(table + at, keep * load_rows(table + at, inside) - update, row_id, columns, seed, inside)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -205,6 +207,7 @@ def _rowwise_adagrad_kernel(
     starts,
     hot_sums,
     rows,
+    row_ids,
     table,
     square_sum,
     num_rows,
@@ -221,6 +224,7 @@ def _rowwise_adagrad_kernel(
     u = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = tl.load(rows + u, mask=u < num_rows, other=table_rows)
     live = row < table_rows
+    row_id = tl.load(row_ids + u, mask=live, other=0)
     columns = tl.arange(0, COLUMNS)
     inside = live[:, None] & (columns < D)[None, :]
     g = _row_sums(gradient, order, starts, hot_sums, u, live, columns, D, CHUNK)
@@ -229,7 +233,7 @@ def _rowwise_adagrad_kernel(
     squares = tl.load(square_sum + row, mask=live, other=0.0) + tl.sum(g * g, axis=1) / D
     tl.store(square_sum + row, squares, mask=live)
     update = (lr / (tl.sqrt(squares) + eps))[:, None] * g
-    store_rows(table + at, w - update, row, columns, seed, inside)
+    store_rows(table + at, w - update, row_id, columns, seed, inside)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -257,9 +261,10 @@ def row_adam_triton_(
     eps: float,
     weight_decay: float,
     seed: int,
+    row_ids: Tensor,
 ) -> None:
     shape, (beta1, beta2) = tile_shape(table.shape[1]), betas
-    tensors = (*_sources(gradient, plan), plan.rows, as_stored(table), first, second, row_step)
+    tensors = (*_sources(gradient, plan), plan.rows, row_ids, as_stored(table), first, second, row_step)
     sizes = (len(plan.rows), len(table), as_int32(seed))
     settings = (lr, _log2(beta1), 1 - beta1, beta2, _log2(beta2), 1 - beta2, eps, 1 - lr * weight_decay)
     _row_adam_kernel[_grid(plan, shape)](*tensors, *sizes, *settings, **shape, CHUNK=CHUNK)
@@ -275,9 +280,10 @@ def rowwise_adagrad_triton_(
     eps: float,
     weight_decay: float,
     seed: int,
+    row_ids: Tensor,
 ) -> None:
     shape = tile_shape(table.shape[1])
-    tensors = (*_sources(gradient, plan), plan.rows, as_stored(table), square_sum)
+    tensors = (*_sources(gradient, plan), plan.rows, row_ids, as_stored(table), square_sum)
     sizes = (len(plan.rows), len(table), as_int32(seed))
     settings = (lr, eps, 1 - lr * weight_decay)
     _rowwise_adagrad_kernel[_grid(plan, shape)](*tensors, *sizes, *settings, **shape, CHUNK=CHUNK)
@@ -338,7 +344,7 @@ def _builds(width: int, stored: str) -> list[Build]:
     sizes = {"num_rows": "i32", "table_rows": "i32", "seed": "i32"}
     adam = dict.fromkeys(("lr", "log2_beta1", "rise1", "beta2", "log2_beta2", "rise2", "eps", "keep"), "fp32")
     adagrad = dict.fromkeys(("lr", "eps", "keep"), "fp32")
-    table = {**read, "rows": "*i64", "table": f"*{stored}"}
+    table = {**read, "rows": "*i64", "row_ids": "*i64", "table": f"*{stored}"}
     state = {"first": "*fp32", "second": "*fp32", "row_step": "*i32"}
     return [
         Build(
