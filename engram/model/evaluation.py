@@ -1,6 +1,6 @@
 """Validation loss: the exact mean over a fixed set of tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -20,22 +20,29 @@ class TokenBatch(Protocol):
     def document_ids(self) -> Tensor | None: ...
 
 
-@torch.no_grad()
 def validation_loss(model: Transformer, batches: Iterable[TokenBatch], device: torch.device) -> float:
     """Mean cross-entropy per target in nats, every target weighing the same whatever its batch, in eval mode."""
+    total, count = loss_sums(model, model.token_losses, batches, device).tolist()
+    return total / max(count, 1)
+
+
+@torch.no_grad()
+def loss_sums(
+    model: Transformer, token_losses: Callable[..., Tensor], batches: Iterable[TokenBatch], device: torch.device
+) -> Tensor:
+    """Sum of cross-entropies in nats, number of targets: float64 [2]. `token_losses`: how the model's own are called."""
     training = model.training
     model.eval()
     # Sums of one batch are short; float64 keeps the sum over batches exact to the last digit that matters.
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    count = 0
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     # Compiled parts would be compiled once more, for evaluation alone.
     with torch.compiler.set_stance("force_eager"):
         for batch in batches:
-            count += int((batch.targets != IGNORE).sum())
             tokens, targets, document_ids = to_device(batch, device)
-            total += model.token_losses(tokens, targets, document_ids).sum(dtype=torch.float64)
+            sums[0] += token_losses(tokens, targets, document_ids).sum(dtype=torch.float64)
+            sums[1] += (targets != IGNORE).sum()
     model.train(training)
-    return total.item() / max(count, 1)
+    return sums
 
 
 def to_device(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

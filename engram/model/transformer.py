@@ -238,6 +238,11 @@ class Transformer(nn.Module):
         for layer in self._moe_layers():
             layer.router.update_bias()
 
+    def forget_router_loads(self) -> None:
+        """Count no choices of the step that is not taken."""
+        for layer in self._moe_layers():
+            layer.router.load.zero_()
+
     def set_dense_table_gradients(self, dense: bool) -> None:
         """Whether table gradients are as large as the tables (`dense_adam`) or sparse."""
         for table in self.tables():

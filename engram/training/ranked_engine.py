@@ -14,14 +14,14 @@ from engram.distributed.deepspeed import Backbone
 from engram.distributed.expert_parallel import shard_experts, sum_router_loads
 from engram.distributed.replicated_tables import sum_table_gradients
 from engram.distributed.world import World
-from engram.model.evaluation import TokenBatch, to_device
-from engram.model.transformer import IGNORE, Transformer
+from engram.model.evaluation import TokenBatch, loss_sums
+from engram.model.transformer import Transformer
 from engram.optim.groups import assign_roles, roles_table
 from engram.optim.optimizer import RoleOptimizer, table_role
 from engram.training.checkpoint import Checkpoint
 from engram.training.evaluation_share import share_of
 from engram.training.statistics import layer_statistics
-from engram.training.step import Gradient, merge_table_gradients
+from engram.training.step import Gradient, merge_table_gradients, number_of_targets, weighted_micro_batches
 
 # Bytes of one file of a checkpoint, and of what a rank holds of it while it is written.
 FILE_BYTES = 2**31
@@ -64,18 +64,14 @@ class RankedEngine:
 
     def _accumulate(self, batch: TokenBatch) -> Tensor:
         """`step.accumulate`, on this rank's part of the batch -> its part of the loss."""
-        size = self._micro_batch_size
-        counts = (batch.targets != IGNORE).sum(1).split(size)
-        everybodys = self.world.sum(torch.stack([count.sum() for count in counts]).sum().to(self.device))
-        all_targets = max(1, int(everybodys))
-        parts = [
-            part.split(size) if part is not None else [None] * len(counts) for part in to_device(batch, self.device)
-        ]
+        targets = torch.tensor(number_of_targets(batch), device=self.device)
+        all_targets = int(self.world.sum(targets))
+        micro_batches = weighted_micro_batches(batch, self._micro_batch_size, self.device, all_targets)
         total = torch.zeros((), device=self.device)
-        for number, (count, *tensors) in enumerate(zip(counts, *parts, strict=True), start=1):
-            loss = self.backbone.run("loss", *tensors) * (int(count.sum()) / all_targets)
-            self.backbone.backward(loss, last=number == len(counts))
-            if len(counts) > 1:
+        for number, (weight, tensors) in enumerate(micro_batches, start=1):
+            loss = self.backbone.run("loss", *tensors) * weight
+            self.backbone.backward(loss, last=number == len(micro_batches))
+            if len(micro_batches) > 1:
                 merge_table_gradients(self.model)
             total += loss.detach()
         return total
@@ -102,8 +98,7 @@ class RankedEngine:
 
     def discard_gradient(self) -> None:
         self.backbone.discard()
-        for load in self._router_loads():
-            load.zero_()
+        self.model.forget_router_loads()
         self._table_optimizer.zero_grad()
 
     def nonfinite_gradients(self) -> list[str]:
@@ -114,25 +109,15 @@ class RankedEngine:
         ]
         return sorted(self.backbone.nonfinite_gradients() + tables)
 
-    def _router_loads(self) -> Iterator[Tensor]:
-        return (buffer for name, buffer in self.model.named_buffers() if name.endswith("router.load"))
-
     # ----------------------------------------------------------------------------------------------------- a look at it
 
-    @torch.no_grad()
     def validation_loss(self, batches: Iterable[TokenBatch]) -> float:
-        training = self.model.training
-        self.model.eval()
-        # Sum of losses, and number of targets.
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with torch.compiler.set_stance("force_eager"):
-            for batch in batches:
-                tokens, targets, document_ids = to_device(share_of(batch, self.world), self.device)
-                total[0] += self.backbone.run("token_losses", tokens, targets, document_ids).sum(dtype=torch.float64)
-                total[1] += (targets != IGNORE).sum()
-        self.model.train(training)
-        loss, count = self.world.sum(total).tolist()
-        return loss / max(count, 1)
+        def token_losses(*tensors: Tensor | None) -> Tensor:
+            return self.backbone.run("token_losses", *tensors)
+
+        shares = (share_of(batch, self.world) for batch in batches)
+        total, count = self.world.sum(loss_sums(self.model, token_losses, shares, self.device)).tolist()
+        return total / max(count, 1)
 
     def layer_statistics(self, batch: TokenBatch) -> dict[str, float]:
         """Of this rank's part of the batch."""

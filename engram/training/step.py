@@ -37,23 +37,36 @@ def compute_gradient(
 
 
 def accumulate(model: Transformer, batch: TokenBatch, micro_batch_size: int, device: torch.device) -> Tensor:
-    """Add the gradient of the batch's mean loss to `.grad`, one micro-batch after the other, and return that loss.
-
-    A micro-batch weighs as much as its share of the targets, so any split of the batch has the same gradient.
-    """
-    counts = (batch.targets != IGNORE).sum(1).split(micro_batch_size)
-    all_targets = max(1, sum(int(count.sum()) for count in counts))
-    parts = [
-        part.split(micro_batch_size) if part is not None else [None] * len(counts) for part in to_device(batch, device)
-    ]
+    """Add the gradient of the batch's mean loss to `.grad`, one micro-batch after the other, and return that loss."""
+    micro_batches = weighted_micro_batches(batch, micro_batch_size, device, number_of_targets(batch))
     total = torch.zeros((), device=device)
-    for count, tokens, targets, document_ids in zip(counts, *parts, strict=True):
-        loss = model.loss(tokens, targets, document_ids) * (int(count.sum()) / all_targets)
+    for weight, tensors in micro_batches:
+        loss = model.loss(*tensors) * weight
         loss.backward()
-        if len(counts) > 1:
+        if len(micro_batches) > 1:
             merge_table_gradients(model)
         total += loss.detach()
     return total
+
+
+def number_of_targets(batch: TokenBatch) -> int:
+    return int((batch.targets != IGNORE).sum())
+
+
+def weighted_micro_batches(
+    batch: TokenBatch, size: int, device: torch.device, all_targets: int
+) -> list[tuple[float, tuple[Tensor, Tensor, Tensor | None]]]:
+    """(weight, (tokens, targets, document_ids)) of each part of `size` sequences.
+
+    A part weighs as much as its share of `all_targets`, so any split of a batch, over time or over ranks, has the same
+    gradient.
+    """
+    counts = [int(part.sum()) for part in (batch.targets != IGNORE).split(size)]
+    tokens, targets, document_ids = (
+        part.split(size) if part is not None else [None] * len(counts) for part in to_device(batch, device)
+    )
+    weights = [count / max(1, all_targets) for count in counts]
+    return list(zip(weights, zip(tokens, targets, document_ids, strict=True), strict=True))
 
 
 def merge_table_gradients(model: Transformer) -> None:
@@ -73,9 +86,7 @@ def apply_gradient(model: Transformer, optimizer: RoleOptimizer, lr: float) -> N
 def discard_gradient(model: Transformer, optimizer: RoleOptimizer) -> None:
     """Leave parameters and router biases as they were, and forget the step's gradients and expert loads."""
     optimizer.zero_grad()
-    for name, buffer in model.named_buffers():
-        if name.endswith("router.load"):
-            buffer.zero_()
+    model.forget_router_loads()
 
 
 def nonfinite_gradients(model: Transformer) -> list[str]:

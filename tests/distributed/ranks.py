@@ -75,7 +75,7 @@ def _portable(error: Exception) -> Exception:
     """The exception itself where it survives pickling, else one with its words."""
     try:
         return pickle.loads(pickle.dumps(error))
-    except Exception:
+    except (pickle.PicklingError, TypeError, AttributeError):
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 

@@ -16,9 +16,12 @@ import train as train_script
 from engram.config import Config, save_config
 from engram.config_file import UserError
 from engram.distributed.world import RankError, World
+from engram.model.transformer import Transformer
 from engram.training.checkpoint import load_model, open_checkpoint
+from engram.training.checkpoint_files import verify
 from engram.training.metrics import read_metrics
 from engram.training.ranked import RANK_LOST, agree, train_in_world
+from engram.training.tensor_files import TensorFiles
 from engram.training.trainer import Trainer
 from tests.distributed.ranks import run_ranks, values
 
@@ -91,19 +94,16 @@ def test_two_ranks_train_what_one_process_trains(
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_divided_experts_train_and_go_on_undivided(make_config: MakeConfig, tmp_path: Path, stage: int) -> None:
-    changes = settings(stage) | {"model": {"moe": {"num_experts": 6}}}
+    # With other seeds tokens near a tie change experts within nine steps, in one process and two micro-batches too.
+    changes = settings(stage) | {"model": {"moe": {"num_experts": 6}}, "seed": 6}
     alone = make_config("alone", **{**changes, "distributed": None})
     assert Trainer(alone).fit() == 0
     divided = {**changes, "distributed": {"zero_stage": stage, "expert_ranks": 2}}
     on_ranks(2, make_config("divided", **{**divided, "train": {**changes["train"], "stop_after": 6}}), tmp_path)
     config = make_config("divided", **changes)
     on_ranks(2, config, tmp_path)
-    ours, theirs = losses(config), losses(alone)
-    torch.testing.assert_close(ours[:4], theirs[:4], rtol=1e-5, atol=0)
-    # Experts sum in another order, and sooner or later a token near a tie chooses another one.
-    torch.testing.assert_close(ours[:, 0], theirs[:, 0], rtol=0, atol=1e-4)
-    torch.testing.assert_close(ours[:, 1], theirs[:, 1], rtol=1e-2, atol=0)
-    assert validation_losses(config) == pytest.approx(validation_losses(alone), abs=1e-4)
+    assert_same_course(config, alone)
+    assert validation_losses(config) == pytest.approx(validation_losses(alone), abs=5e-6)
 
 
 def test_a_run_goes_on_with_other_ranks_and_stages(make_config: MakeConfig, alone: Config, tmp_path: Path) -> None:
@@ -152,6 +152,71 @@ def test_a_killed_rank_ends_the_others_and_fewer_go_on(make_config: MakeConfig, 
     assert open_checkpoint(config.run_dir).state["step"] == 3
     on_ranks(1, config, tmp_path)
     assert_same_course(config, alone)
+
+
+def interrupted_at_step_4(world: World, config: Config) -> int:
+    """One rank alone is told to stop."""
+    from engram.training.ranked_engine import RankedEngine
+
+    steps = 0
+    apply_gradient = RankedEngine.apply_gradient
+
+    def told(engine: RankedEngine, lr: float) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 4 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        apply_gradient(engine, lr)
+
+    RankedEngine.apply_gradient = told  # type: ignore[method-assign]
+    return train_in_world(world, config)
+
+
+def test_a_signal_to_one_rank_stops_all_after_saving(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("told", **settings(1))
+    assert values(run_ranks(2, interrupted_at_step_4, config, folder=tmp_path)) == [130, 130]
+    assert open_checkpoint(config.run_dir).state["step"] == 4
+
+
+def poisoned_at_step_5(world: World, config: Config) -> int:
+    """One rank alone has a loss that is no number."""
+    calls, loss = 0, Transformer.loss
+
+    def faulty(model: Transformer, *tensors: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return loss(model, *tensors) * (torch.nan if calls == 5 and world.rank == 1 else 1.0)
+
+    Transformer.loss = faulty  # type: ignore[method-assign]
+    return train_in_world(world, config)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_divergence_on_one_rank_ends_all_with_a_post_mortem(
+    make_config: MakeConfig, tmp_path: Path, stage: int
+) -> None:
+    config = make_config("diverged", **settings(stage))
+    assert values(run_ranks(2, poisoned_at_step_5, config, folder=tmp_path)) == [3, 3]
+    on_ranks(2, healthy := make_config("healthy", **settings(stage, stop_after=4)), tmp_path)
+    folder = Path(config.run_dir) / "postmortem_000005"
+    verify(folder)
+    # Weights and moments are those that step 5 started from; every rank's part of the batch is there.
+    for kind in ("model", "optim"):
+        ours, expected = TensorFiles(folder, kind), open_checkpoint(healthy.run_dir).tensors(kind)
+        assert [name for name in {**ours, **expected} if not torch.equal(ours[name], expected[name])] == []
+    assert {path.name for path in folder.glob("batch*")} == {"batch.safetensors", "batch-00001.safetensors"}
+    failure = json.loads((folder / "state.json").read_text())["failure"]
+    assert {"head.weight", "blocks.1.memory.embed.weight"} <= set(failure["nonfinite_gradients"])
+
+
+def test_a_skipped_step_leaves_the_weights(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("skipped", **settings(1, skip_nonfinite=1, stop_after=5, checkpoint_every=1))
+    assert values(run_ranks(2, poisoned_at_step_5, config, folder=tmp_path)) == [0, 0]
+    fourth, fifth = (open_checkpoint(Path(config.run_dir) / f"step_00000{step}") for step in (4, 5))
+    assert fifth.state["skipped"] == 1
+    for kind in ("model", "optim"):
+        before, after = fourth.tensors(kind), fifth.tensors(kind)
+        assert [name for name in {**before, **after} if not torch.equal(before[name], after[name])] == []
 
 
 @pytest.mark.parametrize(
