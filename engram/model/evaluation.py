@@ -30,7 +30,7 @@ def validation_loss(model: Transformer, batches: Iterable[TokenBatch], device: t
 def loss_sums(
     model: Transformer, token_losses: Callable[..., Tensor], batches: Iterable[TokenBatch], device: torch.device
 ) -> Tensor:
-    """Sum of cross-entropies in nats, number of targets: float64 [2]. `token_losses`: how the model's own are called."""
+    """Sum of cross-entropies in nats, number of targets: float64 [2]. `token_losses`: how the model's are called."""
     training = model.training
     model.eval()
     # Sums of one batch are short; float64 keeps the sum over batches exact to the last digit that matters.
