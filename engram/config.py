@@ -215,6 +215,8 @@ class TrainConfig(Settings):
     eval_every: Count = 100
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
+    # Write checkpoints while training goes on, from a copy in host memory.
+    async_checkpoints: bool = False
     # Steps between per-layer statistics (router, gates, rows, hyper-connections); null: never.
     statistics_every: Count | None = None
     # Non-finite losses or gradients that are skipped before the run stops with status 3.

@@ -21,6 +21,7 @@ FREE = (
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.async_checkpoints",
     "train.statistics_every",
     "train.skip_nonfinite",
     "train.wandb",

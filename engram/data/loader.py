@@ -64,22 +64,31 @@ class Loader:
         self._prefetch = prefetch
         self._next = 0
         self._worker: _Prefetcher | None = None
+        self._ahead: Batch | None = None
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        if not self._prefetch:
-            batch = self._make(self._next)
-        else:
-            self._worker = self._worker or _Prefetcher(self._make, self._next, self._prefetch)
-            try:
-                batch = self._worker.get()
-            except BaseException:
-                self.close()
-                raise
+        batch, self._ahead = self.peek(), None
         self._next += 1
         return batch
+
+    def peek(self) -> Batch:
+        """The batch that comes next, which stays the next."""
+        if self._ahead is None:
+            self._ahead = self._get()
+        return self._ahead
+
+    def _get(self) -> Batch:
+        if not self._prefetch:
+            return self._make(self._next)
+        self._worker = self._worker or _Prefetcher(self._make, self._next, self._prefetch)
+        try:
+            return self._worker.get()
+        except BaseException:
+            self.close()
+            raise
 
     def state_dict(self) -> dict[str, int]:
         """Number of the batch that comes next; batches made ahead do not count."""
@@ -91,6 +100,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop the thread. The loader can be used again: it goes on with the batch that comes next."""
+        self._ahead = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None

@@ -13,24 +13,21 @@ import torch
 
 from engram.config import Config
 from engram.data.tokenizer import Tokenizer, load_tokenizer
-from engram.distributed.world import SINGLE, World
 from engram.memory.vocabulary import VocabularyMap
 from engram.model.transformer import Transformer
 from engram.training.checkpoint_files import (
     CHECKSUMS,
     CheckpointError,
-    Contents,
     latest_checkpoint,
     other_checkpoint,
     read_config,
     read_state,
-    save_step,
     tensor_files,
     verify,
 )
 from engram.training.tensor_files import TensorFiles
 
-__all__ = ["Checkpoint", "CheckpointError", "latest_checkpoint", "load_model", "open_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "latest_checkpoint", "load_model", "open_checkpoint"]
 
 # Counts changes of what a checkpoint holds.
 FORMAT = 1
@@ -87,11 +84,6 @@ class Checkpoint:
                     f"{self.folder / 'state.json'}: the hash recipe of {part} was {str(saved)[:12]}..., but is now "
                     f"{digest[:12]}...: every n-gram would read other rows. Use the tokenizer and code that trained it"
                 )
-
-
-def save_checkpoint(run_dir: Path, step: int, contents: Contents, keep: int, world: World = SINGLE) -> Path:
-    """Save `run_dir/step_<step>`, point `latest` to it, keep the newest `keep`. Raises CheckpointError: disk full."""
-    return save_step(run_dir, step, contents, keep, world)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -9,7 +9,8 @@ tensor_files.py); checksums.json, written last, counts them all.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,45 +63,98 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted((path for path in run_dir.glob("step_*") if path.name[len("step_") :].isdigit()), key=step_of)
 
 
-def write_folder(folder: Path, contents: Contents, world: World = SINGLE) -> None:
-    """Write `folder` beside its place, flush it to disk, and rename it; all ranks together.
+class FolderWriter:
+    """One checkpoint on its way to disk: begun and completed by all ranks together; each writes its own part between.
 
-    Raises CheckpointError, on all ranks, where the disk does not take it from one of them; what was written is removed,
-    older folders stay as they are.
+    What was written is removed where the disk of one rank does not take it; older folders stay as they are.
     """
-    building = unfinished(folder)
-    try:
-        with world.together():
-            if world.is_first:
-                shutil.rmtree(building, ignore_errors=True)
-                building.mkdir(parents=True)
-        checksums = _write_tensors(building, contents, world)
-        with world.together():
-            if world.is_first:
-                _write_rest(building, contents, checksums)
-                move_into_place(building, folder)
-    except (OSError, SafetensorError, RankError) as error:
-        if world.is_first:
-            shutil.rmtree(building, ignore_errors=True)
-        kept = latest_checkpoint(folder.parent)
-        raise CheckpointError(
-            f"{folder}: cannot be written ({error}): free space on this disk, or lower train.keep_checkpoints; "
-            + (f"{kept.name} is whole, and the same command resumes from it" if kept else "there is no checkpoint yet")
-        ) from error
+
+    def __init__(self, folder: Path, contents: Contents, world: World = SINGLE) -> None:
+        self.folder = folder
+        self._contents = contents
+        self._world = world
+        self._building = unfinished(folder)
+        self._checksums: dict[str, str] = {}
+        self._error: Exception | None = None
+
+    def begin(self) -> None:
+        """Make the folder beside its place. Raises CheckpointError, on all ranks."""
+        with self._explained(), self._world.together():
+            if self._world.is_first:
+                shutil.rmtree(self._building, ignore_errors=True)
+                self._building.mkdir(parents=True)
+
+    def write(self) -> None:
+        """Write this rank's tensors and flush them to disk; `complete` tells where that failed.
+
+        Communicates only where the tensors are made while they are written.
+        """
+        for name, tensors in self._contents.files():
+            # Making tensors may take all ranks: one whose disk is full still takes part.
+            if self._error is None:
+                try:
+                    path = self._building / f"{name}.safetensors"
+                    self._checksums[path.name] = _write(path, tensors)
+                except (OSError, SafetensorError) as error:
+                    self._error = error
+
+    def complete(self) -> None:
+        """Write what is written once, checksums last, and rename the folder. Raises CheckpointError, on all ranks."""
+        with self._explained():
+            with self._world.together():
+                if self._error is not None:
+                    raise self._error
+            checksums = {name: digest for each in self._world.gather(self._checksums) for name, digest in each.items()}
+            with self._world.together():
+                if self._world.is_first:
+                    _write_rest(self._building, self._contents, checksums)
+                    move_into_place(self._building, self.folder)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, RankError) as error:
+            if self._world.is_first:
+                shutil.rmtree(self._building, ignore_errors=True)
+            kept = latest_checkpoint(self.folder.parent)
+            raise CheckpointError(
+                f"{self.folder}: cannot be written ({error}): free space on this disk, or lower "
+                "train.keep_checkpoints; "
+                + (
+                    f"{kept.name} is whole, and the same command resumes from it"
+                    if kept
+                    else "there is no checkpoint yet"
+                )
+            ) from error
+
+
+def write_folder(folder: Path, contents: Contents, world: World = SINGLE) -> None:
+    """Write `folder` beside its place, flush it to disk, and rename it; all ranks together. Raises CheckpointError."""
+    writer = FolderWriter(folder, contents, world)
+    writer.begin()
+    writer.write()
+    writer.complete()
 
 
 def save_step(run_dir: Path, step: int, contents: Contents, keep: int, world: World = SINGLE) -> Path:
-    """Write `step_<step>`, let `latest` point to it, and delete all but the newest `keep` checkpoints."""
+    """Save `run_dir/step_<step>`, point `latest` to it, keep the newest `keep`. Raises CheckpointError: disk full."""
     folder = step_folder(run_dir, step)
     write_folder(folder, contents, world)
+    keep_newest(folder, keep, world)
+    return folder
+
+
+def keep_newest(folder: Path, keep: int, world: World = SINGLE) -> None:
+    """Let `latest` point to this new checkpoint, and delete all but the newest `keep` of its run."""
+    run_dir = folder.parent
     with world.together():
         if world.is_first:
             point(run_dir / LATEST, folder.name)
             # A run set back to an earlier checkpoint may still hold later ones: they do not count as newer than this.
-            until_now = [path for path in step_folders(run_dir) if step_of(path) <= step]
+            until_now = [path for path in step_folders(run_dir) if step_of(path) <= step_of(folder)]
             for old in until_now[:-keep]:
                 remove_folder(old)
-    return folder
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -167,24 +221,6 @@ def read_config(folder: Path) -> Config:
         return load_config(folder / "config.yaml")
     except ConfigError as error:
         raise CheckpointError(f"{error}\nthis checkpoint was written by other code: use that of code.json") from None
-
-
-def _write_tensors(building: Path, contents: Contents, world: World) -> dict[str, str]:
-    """This rank's files of tensors, flushed -> the checksums of everybody's. Raises on all ranks where one cannot."""
-    error: Exception | None = None
-    checksums: dict[str, str] = {}
-    for name, tensors in contents.files():
-        # Making tensors may take all ranks: one whose disk is full still takes part.
-        if error is None:
-            try:
-                path = building / f"{name}.safetensors"
-                checksums[path.name] = _write(path, tensors)
-            except (OSError, SafetensorError) as caught:
-                error = caught
-    with world.together():
-        if error is not None:
-            raise error
-    return {name: digest for each in world.gather(checksums) for name, digest in each.items()}
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -18,7 +18,7 @@ from engram.model.device import choose_device
 from engram.optim.schedule import learning_rate
 from engram.training import random_state
 from engram.training.capacity import evaluation_too_large, explain_out_of_memory, step_too_large
-from engram.training.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
+from engram.training.checkpoint import latest_checkpoint, open_checkpoint
 from engram.training.checkpoint_files import write_folder
 from engram.training.clock import Clock
 from engram.training.console import LOG_FILE_ONLY, RunConsole
@@ -27,6 +27,7 @@ from engram.training.initial import start_from
 from engram.training.metrics import read_metrics
 from engram.training.recorder import Recorder
 from engram.training.run_folder import RunFolder, RunFolderError
+from engram.training.saver import CheckpointSaver
 from engram.training.setup import build_engine, configure_process, environment, open_data
 from engram.training.shared_folder import SharedFolder
 from engram.training.signals import StopRequest
@@ -104,7 +105,9 @@ class Trainer:
                 self.config, self.folder.path, run_id, self.state.step, self.console, silent=not self.world.is_first
             )
         )
-        with StopRequest() as stop, explain_out_of_memory(step_too_large(self.config, self.state.device)):
+        train = self.config.train
+        self.saver = CheckpointSaver(self.folder.path, train.keep_checkpoints, self.world, train.async_checkpoints)
+        with StopRequest() as stop, self.saver, explain_out_of_memory(step_too_large(self.config, self.state.device)):
             status = self._loop(stop)
         self.recorder.ended(status)
         if status is Exit.DONE and self.state.step == self.config.train.steps:
@@ -153,10 +156,12 @@ class Trainer:
             if line is None:
                 return Exit.DIVERGED
             self._report(line)
+            with self.clock.paused():
+                self.saver.poll()
             stopping = self.world.any(stop.received)
             if stopping or state.step % train.checkpoint_every == 0 or state.step == self.last_step:
                 with self.clock.paused():
-                    save_checkpoint(self.folder.path, state.step, state.contents(), train.keep_checkpoints, self.world)
+                    self.saver.save(state.step, state.contents())
             if stopping and state.step < self.last_step:
                 logger.info("interrupted after step %d: the same command goes on from there", state.step)
                 return Exit.INTERRUPTED

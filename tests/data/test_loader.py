@@ -94,6 +94,21 @@ def test_resume_on_other_ranks(dataset: Dataset) -> None:
         rank.close()
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_peek_takes_nothing(dataset: Dataset, prefetch: int) -> None:
+    expected = take(Loader(dataset, LENGTH, BATCH, 5, prefetch=0), 6)
+    with Loader(dataset, LENGTH, BATCH, 5, prefetch=prefetch) as loader:
+        for number in range(3):
+            assert same([loader.peek()], [expected[number]])
+            assert same([loader.peek()], [expected[number]])
+            assert loader.state_dict() == {"batch": number}
+            assert same([next(loader)], [expected[number]])
+        loader.peek()
+        loader.load_state_dict({"batch": 1})
+        assert same([loader.peek()], [expected[1]])
+        assert same(take(loader, 5), expected[1:])
+
+
 def test_seeds_differ(dataset: Dataset) -> None:
     assert not same(take(Loader(dataset, LENGTH, BATCH, 1), 1), take(Loader(dataset, LENGTH, BATCH, 2), 1))
 

@@ -15,6 +15,7 @@ import torch
 import train as train_script
 from engram.config import Config, save_config
 from engram.config_file import UserError
+from engram.data.loader import Batch, Loader
 from engram.distributed.world import RankError, World
 from engram.model.transformer import Transformer
 from engram.training.checkpoint import load_model, open_checkpoint
@@ -116,7 +117,9 @@ def test_a_run_goes_on_with_other_ranks_and_stages(make_config: MakeConfig, alon
 
 
 def test_the_same_ranks_go_on_to_the_bit(make_config: MakeConfig, tmp_path: Path) -> None:
-    straight, halted = (make_config(name, **settings(1)) for name in ("straight", "halted"))
+    # Written beside training or between its steps: the same checkpoints.
+    straight = make_config("straight", **settings(1, async_checkpoints=True))
+    halted = make_config("halted", **settings(1))
     on_ranks(2, straight, tmp_path)
     on_ranks(2, make_config("halted", **settings(1, stop_after=3)), tmp_path)
     on_ranks(2, halted, tmp_path)
@@ -217,6 +220,30 @@ def test_a_skipped_step_leaves_the_weights(make_config: MakeConfig, tmp_path: Pa
     for kind in ("model", "optim"):
         before, after = fourth.tensors(kind), fifth.tensors(kind)
         assert [name for name in {**before, **after} if not torch.equal(before[name], after[name])] == []
+
+
+def damaged_at_step_5(world: World, config: Config) -> int:
+    """One rank alone reads a token that the model does not have."""
+    batches, take = 0, Loader.__next__
+
+    def damaged(loader: Loader) -> Batch:
+        nonlocal batches
+        batches += 1
+        batch = take(loader)
+        if batches == 5 and world.rank == 1:
+            batch.tokens[0, 0] = config.model.vocab_size
+        return batch
+
+    Loader.__next__ = damaged  # type: ignore[method-assign]
+    return train_in_world(world, config)
+
+
+def test_a_damaged_token_on_one_rank_ends_all(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("damaged", **settings(1))
+    first, second = run_ranks(2, damaged_at_step_5, config, folder=tmp_path)
+    assert first == RANK_LOST
+    assert isinstance(second, UserError) and "a shard holds token 384, but model.vocab_size is 384" in str(second)
+    assert open_checkpoint(config.run_dir).state["step"] == 3
 
 
 @pytest.mark.parametrize(

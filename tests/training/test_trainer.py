@@ -19,9 +19,9 @@ from engram.data.loader import Loader, validation_batches
 from engram.data.shards import Dataset
 from engram.model.evaluation import validation_loss
 from engram.model.transformer import Transformer
-from engram.training import checkpoint_files, trainer
-from engram.training.checkpoint import load_model, save_checkpoint
-from engram.training.checkpoint_files import step_folders
+from engram.training import checkpoint_files, saver
+from engram.training.checkpoint import load_model
+from engram.training.checkpoint_files import save_step, step_folders
 from engram.training.run_folder import RunFolderError
 from engram.training.trainer import Exit, Trainer
 from tests.training.conftest import assert_same_checkpoint, metrics_of, tensors_of, train_in_child
@@ -84,9 +84,9 @@ def test_a_folder_that_vanishes_before_the_last_checkpoint(
         if step == config.train.steps:
             shutil.rmtree(folder)
             folder.mkdir()
-        save_checkpoint(folder, step, *arguments)
+        save_step(folder, step, *arguments)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    monkeypatch.setattr(saver, "save_step", save)
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl: does not hold step 9.* trains the run anew"):
         Trainer(config).fit()
     assert not (Path(config.run_dir) / "done.json").exists()
