@@ -77,32 +77,42 @@ def test_quickstart_table_equals_the_committed_run() -> None:
 
 def test_study_table_equals_the_committed_runs() -> None:
     with (ROOT / "results/study/runs.csv").open() as file:
-        runs = [row for row in csv.DictReader(file) if row["part"] == "allocation" and row["budget"] == "short"]
+        runs = [row for row in csv.DictReader(file) if row["part"] == "allocation"]
     table = _rows("## Sweep: how much to experts, how much to memory?")
     assert len(table) == len({run["rho"] for run in runs}) >= 8
-    only = {run["seed"]: float(run["val_loss"]) for run in runs if float(run["rho"]) == 1}
-    for rho, experts, rows, loss, difference in table:
-        seeds = [run for run in runs if float(run["rho"]) == float(rho)]
-        assert len(seeds) == 3
-        assert {run["experts"] for run in seeds} == {experts} and {f"{int(run['rows']):,}" for run in seeds} == {rows}
-        assert loss == f"{statistics.mean(float(run['val_loss']) for run in seeds):.3f}"
-        paired = statistics.mean(float(run["val_loss"]) - only[run["seed"]] for run in seeds)
-        assert difference == f"{paired:+.3f}"
+    for rho, experts, rows, *cells in table:
+        for budget, loss, difference in (("short", *cells[:2]), ("long", *cells[2:])):
+            own = [run for run in runs if run["budget"] == budget]
+            only = {run["seed"]: float(run["val_loss"]) for run in own if float(run["rho"]) == 1}
+            seeds = [run for run in own if float(run["rho"]) == float(rho)]
+            assert len(seeds) == 3
+            assert {run["experts"] for run in seeds} == {experts}
+            assert {f"{int(run['rows']):,}" for run in seeds} == {rows}
+            assert loss == f"{statistics.mean(float(run['val_loss']) for run in seeds):.3f}"
+            paired = statistics.mean(float(run["val_loss"]) - only[run["seed"]] for run in seeds)
+            assert difference == f"{paired:+.3f}"
 
 
-def test_study_verdict_equals_the_committed_fit() -> None:
+def test_study_verdicts_equal_the_committed_fits() -> None:
     text = " ".join(README.split("## Sweep", 1)[1].split("\n## ", 1)[0].split())
-    curve = json.loads((ROOT / "results/study/fits.json").read_text())["parts"]["allocation"]["curves"][0]["fit"]
-    assert curve["verdict"] == "no interior minimum" and "there is no interior minimum" in text
-    gain, cost = curve["against_moe"], curve["regret_paper"]
+    part = json.loads((ROOT / "results/study/fits.json").read_text())["parts"]["allocation"]
+    short, long = (curve["fit"] for curve in part["curves"])
+    assert short["verdict"] == "no interior minimum" and "there is no interior minimum" in text
+    gain, cost = short["against_moe"], short["regret_paper"]
     assert f"{-gain['mean']:.3f} nat below experts only ({-gain['high']:.3f} to {-gain['low']:.3f}, 90 %)" in text
     low, high = cost["interval"]
     assert f"costs {cost['loss']:.3f} nat more than that ({low:.3f} to {high:.3f})" in text
+    assert long["verdict"] == "interior minimum" and "the curve is a U" in text
+    low, high = long["argmin_interval"]
+    assert f"minimum lies at {long['argmin']:.2f}, and the interval ({low:.2f} to {high:.2f}, 90 %)" in text
+    (move,) = part["moves"]
+    low, high = move["interval"]
+    assert move["verdict"] == "moves" and f"by {move['difference']:.2f} ({low:.2f} to {high:.2f})" in text
 
 
 def test_ablations_equal_the_committed_fit() -> None:
     parts = json.loads((ROOT / "results/study/fits.json").read_text())["parts"]
-    text = README.split("The other parts are complete", 1)[1]
+    text = README.split("The other parts. ", 1)[1]
     found = re.findall(r"^\| ([\w -]+) \| ([+-]\d\.\d+) \| (yes|no) \|$", text, re.MULTILINE)
     bars = {bar["label"]: bar["difference"] for bar in parts["ablations"]["bars"]}
     assert {name: (difference, resolved == "yes") for name, difference, resolved in found} == {
