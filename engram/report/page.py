@@ -4,13 +4,33 @@ import base64
 import os
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
+from dataclasses import dataclass, field
+from html import escape, unescape
 from pathlib import Path
 
 from engram.report.figure import SavedFigure
 from engram.report.style import STYLE_SHEET
 
-_NUMBER = re.compile(r"[-+−±]?\d[\d,.]*(e[-+]?\d+)?\s*(%|[kMBTG]|[KMGT]?i?B|s|nat)?")
+_NUMBER = re.compile(r"[-+−±]?\d[\d,.]*(e[-+]?\d+)?\s*(%|[kKMBTG]|[KMGT]?i?B|s|nat)?")
+
+# All text is escaped: a tag in a page is one that is written here, by a figure or by a heat map.
+_HEADING = re.compile(r"<(/?)h([2-5])\b")
+_SECTION = re.compile(r'<h2 id="([^"]*)">(.*?)</h2>')
+_ANCHOR = re.compile(r'\bid="|url\(#|\bhref="#')
+_WRITTEN = re.compile(
+    r'<header>\n<h1>(?P<title>.*?)</h1>\n<p class="subtitle">(?P<subtitle>.*?)</p>\n'
+    r".*?</header>\n<main>\n(?P<blocks>.*)\n</main>\n</body>",
+    re.DOTALL,
+)
+
+
+@dataclass
+class _Entry:
+    """A line of the contents: a heading, its place on the page, and the headings below it."""
+
+    anchor: str
+    heading: str
+    below: list["_Entry"] = field(default_factory=list)
 
 
 class Page:
@@ -19,12 +39,12 @@ class Page:
     def __init__(self, title: str, subtitle: str = "") -> None:
         self.title = title
         self.subtitle = subtitle
-        self._sections: list[str] = []
+        self._sections: list[_Entry] = []
         self._blocks: list[str] = []
 
     def section(self, heading: str, introduction: str = "") -> None:
         """Start a section, which the page's first lines link to."""
-        self._sections.append(heading)
+        self._sections.append(_Entry(_slug(heading), heading))
         self.html(f'<h2 id="{_slug(heading)}">{escape(heading)}</h2>')
         if introduction:
             self.text(introduction)
@@ -81,21 +101,49 @@ class Page:
         cells = "".join(f"<div>{''.join(part._blocks)}</div>" for part in parts)
         self.html(f'<div class="columns">{cells}</div>')
 
+    def chapter(self, heading: str, page: "Page") -> None:
+        """A whole other page as a section: its headings move down by one, and its anchors get a prefix of their own."""
+        self.section(heading, page.subtitle)
+        prefix = _slug(heading)
+        self._sections[-1].below = [_Entry(f"{prefix}-{entry.anchor}", entry.heading) for entry in page._sections]
+        for block in page._blocks:
+            block = _HEADING.sub(lambda tag: f"<{tag[1]}h{int(tag[2]) + 1}", block)
+            self.html(_ANCHOR.sub(lambda start: f"{start[0]}{prefix}-", block))
+
     def html(self, markup: str) -> None:
         self._blocks.append(markup)
 
     def render(self) -> str:
-        links = "".join(f'<a href="#{_slug(heading)}">{escape(heading)}</a>' for heading in self._sections)
-        navigation = f"<nav>{links}</nav>" if len(self._sections) > 1 else ""
         blocks = "\n".join(self._blocks)
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{escape(self.title)}</title>\n<style>{STYLE_SHEET}</style>\n</head>\n<body>\n"
             f'<header>\n<h1>{escape(self.title)}</h1>\n<p class="subtitle">{escape(self.subtitle)}</p>\n'
-            f"{navigation}\n</header>\n"
+            f"{self._contents()}\n</header>\n"
             f"<main>\n{blocks}\n</main>\n</body>\n</html>\n"
         )
+
+    def _contents(self) -> str:
+        """Links to all sections; where one is a chapter, a line for each with its own sections behind it."""
+        if len(self._sections) < 2:
+            return ""
+        if not any(entry.below for entry in self._sections):
+            return f"<nav>{''.join(map(_link, self._sections))}</nav>"
+        lines = (f"<p>{''.join(map(_link, (entry, *entry.below)))}</p>" for entry in self._sections)
+        return f'<nav class="chapters">{"".join(lines)}</nav>'
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Page":
+        """A page that `write` left, to become a chapter of another one. Raises ValueError for any other file."""
+        text = Path(path).read_text(encoding="utf-8")
+        found = _WRITTEN.search(text)
+        if found is None:
+            raise ValueError(f"{path}: is not a page that this program wrote")
+        page = cls(unescape(found["title"]), unescape(found["subtitle"]))
+        page._sections = [_Entry(anchor, unescape(heading)) for anchor, heading in _SECTION.findall(found["blocks"])]
+        page.html(found["blocks"])
+        return page
 
     def write(self, path: str | Path) -> Path:
         """Write the page in one step, so that a reader never sees half of it."""
@@ -112,6 +160,10 @@ class Page:
 
 def _slug(heading: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
+
+
+def _link(entry: _Entry) -> str:
+    return f'<a href="#{entry.anchor}">{escape(entry.heading)}</a>'
 
 
 def _is_number(text: str) -> bool:

@@ -108,6 +108,9 @@ p {{ margin: 0.5rem 0; max-width: 46rem; }}
 .subtitle, figcaption, caption, .note {{ color: var(--muted); font-size: 0.875rem; }}
 a {{ color: var(--series-0); text-decoration: none; }} a:hover {{ text-decoration: underline; }}
 nav {{ margin-top: 1rem; display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; font-size: 0.875rem; }}
+nav.chapters {{ display: block; }} nav.chapters p {{ display: flex; flex-wrap: wrap; gap: 0 1.1rem; margin: 0.15rem 0;
+  max-width: none; }} nav.chapters p a:first-child {{ min-width: 11rem; font-weight: 600; }}
+h4 {{ margin: 1.25rem 0 0.4rem; font-size: 0.95rem; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; margin: 0.75rem 0; font-size: 0.9rem; font-variant-numeric: tabular-nums; }}
 caption {{ caption-side: bottom; text-align: left; padding-top: 0.4rem; }}

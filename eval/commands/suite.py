@@ -13,6 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suite", type=Path, metavar="SUITE.yaml", help="the suite, such as configs/eval/tiny.yaml")
     add_checkpoint(parser)
     parser.add_argument("--baseline", metavar="DIR", help="a checkpoint or run folder to compare with, item by item")
+    parser.add_argument(
+        "--match",
+        choices=("loss", "flops"),
+        help="take, of the run folder --checkpoint, the checkpoint nearest to the end of the run folder --baseline",
+    )
     parser.add_argument("--last", type=count, default=1, metavar="N", help="the last N checkpoints (default 1)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of results")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="answers that are kept (default OUT/cache.sqlite)")
@@ -29,17 +34,26 @@ def run(options: argparse.Namespace) -> None:
     suite = load_suite(options.suite)
     if options.out.is_file():
         raise UserError(f"{options.out}: is a file: name a folder with --out")
+    if options.match and (not options.baseline or options.last > 1):
+        raise UserError(f"--match {options.match} chooses one checkpoint beside --baseline: give it, without --last")
 
     from eval import ranks
+    from eval.matching import match
+    from eval.suites.check import check_suite
     from eval.suites.compare import compare, overall
     from eval.suites.page import write_page
     from eval.suites.run import Options, checkpoints, run_suite
 
     # Bound to this stream: while lm-eval runs, its own lines are kept off the terminal.
     console = Console(file=sys.stderr)
-    settings = Options(options.out, options.last, options.cache, options.run_code, options.device, options.threads)
     sides = {"model": options.checkpoint} | ({"baseline": options.baseline} if options.baseline else {})
     # Before anything is computed.
+    check_suite(suite, options.run_code)
+    note = None
+    if options.match:
+        found = match(options.checkpoint, options.baseline, options.match)
+        sides["model"], note = str(found.folder), f"matched by {options.match}: {found}"
+    settings = Options(options.out, options.last, options.cache, options.device, options.threads, note)
     for path in sides.values():
         checkpoints(path, options.last)
     with ranks.together() as rank:
@@ -55,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
             if len(latest) > 1
             else []
         )
-        page = write_page(suite, outcomes, differences, options.out)
+        page = write_page(suite, outcomes, differences, options.out, note)
     for metric in latest[0].metrics:
         if not metric.group or not any(o.task == metric.task and not o.group for o in latest[0].metrics):
             print(f"{metric.task:24}{metric.metric:24}{metric.group:16}{metric.value:10.4f}  ({metric.n:,} items)")

@@ -19,11 +19,20 @@ _PER_ROW = 3
 
 
 def write_page(
-    suite: Suite, outcomes: Sequence[Sequence[Outcome]], differences: Sequence[Difference], out: Path
+    suite: Suite,
+    outcomes: Sequence[Sequence[Outcome]],
+    differences: Sequence[Difference],
+    out: Path,
+    note: str | None = None,
 ) -> Path:
-    """Figures and `index.html` in `out`. `outcomes`: of each model its checkpoints, the model before the baseline."""
+    """Figures and `index.html` in `out`. `outcomes`: of each model its checkpoints, the model before the baseline.
+
+    `note`: how the model's checkpoint was chosen.
+    """
     latest = [series[-1] for series in outcomes]
     page = Page("Evaluation", " and ".join(f"{one.label}: {one.folder}, step {one.step:,}" for one in latest))
+    if note:
+        page.note(note)
     page.section("Scores", f"Means over items with {suite.level:.0%} intervals of the bootstrap over items.")
     for one in latest:
         page.table(

@@ -1,7 +1,8 @@
 """A suite on a checkpoint, on its last N, and beside a baseline: runs every task and writes the results folder.
 
 OUT/  metrics.csv items.csv metrics.parquet provenance.json  results_<time>.json samples_<task>_<time>.jsonl
-      tasks/ (what lm-eval ran)  cache.sqlite  baseline/...  steps/step_000100/...  comparison.* series.*  index.html
+      tasks/ (what lm-eval ran)  cache.sqlite  long_ppl/ (evaluators' losses)  baseline/...  steps/step_000100/...
+      comparison.* series.*  index.html
 """
 
 import math
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from engram.config import UserError
+from engram.model.accounting import rho
 from engram.training.checkpoint_files import CHECKSUMS, latest_checkpoint, step_folders
 from engram.training.provenance import origin
 from eval import ranks
@@ -36,9 +38,10 @@ class Options:
     out: Path
     last: int = 1
     cache: Path | None = None
-    run_code: bool = False
     device: str = "auto"
     threads: int | None = None
+    # How the model's checkpoint was chosen to fit the baseline's.
+    matched: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,12 @@ def _run_checkpoint(suite: Suite, folder: Path, label: str, out: Path, options: 
             raise UserError(f"{out}: cannot be written ({error}): name another folder with --out") from None
         cache = ScoreCache((options.cache or options.out / "cache.sqlite") if first else None, loaded)
         undo.callback(cache.close)
-        results = _run_tasks(suite, loaded, Setting(suite, out, cache, options.run_code), console)
+        setting = Setting(suite, out, options.out if first else out, cache, options.device)
+        results = _run_tasks(suite, loaded, setting, console)
         items = [item for result in results.values() for item in result.items]
         metrics = [metric for result in results.values() for metric in result.metrics]
         outcome = Outcome(label, loaded.folder, loaded.step, metrics, items, _intervals(items, suite))
-        _write(suite, loaded, outcome, results, out)
+        _write(suite, loaded, outcome, results, out, options.matched)
     return outcome
 
 
@@ -131,7 +135,9 @@ def _intervals(items: Sequence[Item], suite: Suite) -> dict[tuple[str, str, str]
     return {key: (float(one.low), float(one.high)) for key, one in found.items()}
 
 
-def _write(suite: Suite, loaded: Loaded, outcome: Outcome, results: dict[str, TaskResult], out: Path) -> None:
+def _write(
+    suite: Suite, loaded: Loaded, outcome: Outcome, results: dict[str, TaskResult], out: Path, matched: str | None
+) -> None:
     time = datetime.now(UTC).replace(tzinfo=None)
     facts: dict[str, Any] = {
         **origin(),
@@ -139,6 +145,8 @@ def _write(suite: Suite, loaded: Loaded, outcome: Outcome, results: dict[str, Ta
         "checkpoint_folder": str(loaded.folder),
         "step": loaded.step,
         "seed": loaded.config.seed,
+        "rho": rho(loaded.config.model),
+        "matched": matched,
         "suite": suite.model_dump(mode="json"),
         "tasks": {name: result.facts for name, result in results.items()},
         "created_at": time.isoformat(),
@@ -163,6 +171,8 @@ def _tidy(metric: Metric, outcome: Outcome, facts: dict[str, Any]) -> dict[str, 
         "tokenizer_sha256": facts["tokenizer"],
         "step": outcome.step,
         "seed": facts["seed"],
+        "rho": facts["rho"],
+        "matched": facts["matched"],
         "dtype": facts["dtype"],
         "data_sha256": own.get("data_sha256"),
         "lm_eval_version": own.get("lm_eval_version"),

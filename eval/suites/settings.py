@@ -11,16 +11,24 @@ from eval.benchmarks.catalogue import FOLDER, benchmarks, unknown
 from eval.benchmarks.packages import PACKAGES
 
 # Tasks that need no data but the run's own.
-NATIVE = ("perplexity", "facts", "ruler")
+NATIVE = ("perplexity", "facts", "ruler", "long_ppl")
 # Keys of tasks that ask questions.
 _ASKED = ("shots", "limit", "max_length", "allow_truncation", "yaml", "data")
+# Keys of those that measure texts, or make their questions themselves.
+_USED: dict[str, tuple[str, ...]] = {
+    "perplexity": ("lengths", "tokens", "data"),
+    "facts": (),
+    "ruler": ("lengths", "limit"),
+    "long_ppl": ("lengths", "tokens", "data", "evaluator"),
+}
 Level = Annotated[float, Field(gt=0.5, lt=1)]
 
 
 class Entry(Settings):
     """One task of a suite; keys that its task does not use are refused."""
 
-    # perplexity, facts, ruler, a benchmark (python -m eval verify-data lists them), or any name where `yaml` is given.
+    # perplexity, facts, ruler, long_ppl, a benchmark (python -m eval verify-data lists them), or any name where `yaml`
+    # is given.
     task: Name
     # How the results call it; null: as the task. Two entries of one task need two names.
     name: str | None = None
@@ -32,11 +40,13 @@ class Entry(Settings):
     max_length: Count | None = None
     # Cut the beginnings of what is too long, and count it, instead of stopping with a message.
     allow_truncation: bool = False
-    # perplexity, ruler: the lengths of rows or samples; empty: the sequence length in training.
+    # perplexity, ruler, long_ppl: the lengths of rows, samples or documents; empty: the sequence length in training.
     lengths: tuple[Count, ...] = ()
-    # perplexity: tokens at most.
+    # perplexity, long_ppl: tokens at most.
     tokens: Count | None = None
-    # perplexity: prepared data; null: what the model was trained on. Others: a folder with a manifest.json.
+    # long_ppl: the checkpoint or run folder that says which tokens need a long context.
+    evaluator: Path | None = None
+    # perplexity, long_ppl: prepared data; null: what the model was trained on. Others: a folder with a manifest.json.
     data: Path | None = None
     # Any lm-eval task: a file of yours, or the file (a pattern: the files of its subsets) below lm_eval/tasks.
     yaml: str | None = None
@@ -59,10 +69,10 @@ class Entry(Settings):
                 raise ValueError(
                     f"task {self.task}: losses on texts are measured by task perplexity: name it, with data"
                 )
-        used = {"perplexity": ("lengths", "tokens", "data"), "facts": (), "ruler": ("lengths", "limit")}.get(
-            self.task, _ASKED
-        )
-        for key in (*_ASKED, "lengths", "tokens"):
+        if self.task == "long_ppl" and self.evaluator is None:
+            raise ValueError("task long_ppl needs an evaluator: the checkpoint that says which tokens are measured")
+        used = _USED.get(self.task, _ASKED)
+        for key in (*_ASKED, "lengths", "tokens", "evaluator"):
             if key in used:
                 continue
             if getattr(self, key) != type(self).model_fields[key].default:

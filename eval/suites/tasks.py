@@ -24,8 +24,10 @@ from eval.ruler.measure import measure
 from eval.ruler.tasks import Sources, all_tasks
 from eval.score_cache import ScoreCache
 from eval.stepwise import Question, answer
+from eval.suites.check import data_folder, is_code
 from eval.suites.lm_run import answer_items, items_of, run_tasks
 from eval.suites.lm_tasks import OWN_TASKS, lm_eval_tasks, task_files, write_tasks
+from eval.suites.long_ppl import long_ppl_results
 from eval.suites.settings import Entry, Suite
 
 # The smaller, the better.
@@ -34,12 +36,16 @@ _LOSSES = ("document_loss", "gold_bits_per_byte", "bits_per_byte", "byte_perplex
 
 @dataclass(frozen=True)
 class Setting:
-    """What all tasks of one command share. `advance` is told how many requests were answered."""
+    """What all tasks of one command share. `advance` is told how many requests were answered.
+
+    `out`: of one checkpoint; `shared`: of all that are compared, for what does not depend on the model.
+    """
 
     suite: Suite
     out: Path
+    shared: Path
     cache: ScoreCache
-    run_code: bool = False
+    device: str = "auto"
     advance: Callable[[int], None] | None = None
 
 
@@ -61,7 +67,9 @@ def run_entry(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
         return _facts(loaded, entry, setting)
     if entry.task == "ruler":
         return _ruler(loaded, entry, setting)
-    if entry.task in CODE_TASKS and entry.yaml is None:
+    if entry.task == "long_ppl":
+        return _long_ppl(loaded, entry, setting)
+    if is_code(entry):
         return _code(loaded, entry, setting)
     return _harness(loaded, entry, setting)
 
@@ -105,6 +113,20 @@ def _ruler(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     return TaskResult(items, summarise(items), {"settings": wanted})
 
 
+def _long_ppl(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
+    items: list[Item] = []
+    metrics: list[Metric] = []
+    facts: dict[str, Any] = {}
+    for context in entry.lengths or (loaded.config.data.sequence_length,):
+        own, whole_corpus, made = long_ppl_results(
+            loaded, entry, context, setting.shared / "long_ppl", setting.device, setting.suite.max_tokens
+        )
+        items += own
+        metrics += whole_corpus + summarise(own, higher_is_better=False)
+        facts[str(context)] = made
+    return TaskResult(items, metrics, facts)
+
+
 @torch.inference_mode()
 def _document_losses(loaded: Loaded, documents: Sequence[Sequence[int]], max_tokens: int) -> list[float]:
     """Mean nats per token of each document, which stands after the end of another one, as in training."""
@@ -127,7 +149,7 @@ def _harness(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
 
     known = benchmarks().get(entry.task)
     shots = entry.shots if entry.shots is not None else known.shots if known else 0
-    data = entry.data or setting.suite.data / entry.task
+    data = data_folder(setting.suite, entry)
     manifest = whole(data)
     folder = setting.out / "tasks"
     tasks = write_tasks(folder, entry.title, _files(entry, root), data, manifest, shots)
@@ -184,13 +206,8 @@ def _rises(metric: str, better: dict[str, bool]) -> bool:
 
 def _code(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     """pass@1 of greedy answers. Every process answers and runs its part of the problems."""
-    if not setting.run_code:
-        raise UserError(
-            f"task {entry.title} runs programs that the model wrote: allow it with --run-code (eval/benchmarks/"
-            "sandbox.py says what keeps them apart from this machine), or leave the task out"
-        )
     check_available()
-    task, data = CODE_TASKS[entry.task], entry.data or setting.suite.data / entry.task
+    task, data = CODE_TASKS[entry.task], data_folder(setting.suite, entry)
     manifest = whole(data)
     splits = {split: _rows(data, paths) for split, paths in manifest.splits("").items()}
     if "test" not in splits:

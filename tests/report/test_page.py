@@ -111,6 +111,7 @@ def test_figure_carries_its_data() -> None:
         ("1e-05", True),
         ("12 %", True),
         ("3.1 M", True),
+        ("975 K", True),
         ("–", True),
         ("", True),
         ("3 words here", False),
@@ -148,3 +149,59 @@ def test_a_column_aligns_as_a_whole() -> None:
     page.table(["a", "b", "c"], [["1", "2", "3"], ["4", "five", "–"]])
     cells = [attributes.get("class") for tag, attributes in parse(page.render()).found if tag == "td"]
     assert cells == [None, None, "number"] * 2
+
+
+def chapters() -> Page:
+    page = Page("All", "of them")
+    page.section("Opening")
+    page.chapter("First <chapter>", full_page())
+    page.chapter("Second", full_page())
+    return page
+
+
+def test_chapters_hold_whole_pages_with_anchors_of_their_own() -> None:
+    svg = '<svg><g id="curve-a"></g><use href="#curve-a"></use><path clip-path="url(#curve-a)"></path></svg>'
+    inner = Page("Inner", "its subtitle")
+    inner.section("Part")
+    inner.figure(SavedFigure("curve", svg, ""), "")
+    page = Page("All")
+    page.chapter("One", inner)
+    page.chapter("Two", inner)
+    html = page.render()
+    for name in ("one", "two"):
+        for anchor in (f'id="{name}-curve-a"', f'href="#{name}-curve-a"', f"url(#{name}-curve-a)"):
+            assert html.count(anchor) == 1
+    assert html.count("its subtitle") == 2 and "curve-a" in inner.render()
+
+
+def test_contents_link_to_every_heading_of_a_chapter() -> None:
+    parser = parse(chapters().render())
+    links = [str(attributes["href"]) for tag, attributes in parser.found if tag == "a" and "download" not in attributes]
+    headings = [(tag, str(attributes["id"])) for tag, attributes in parser.found if tag in ("h2", "h3") and attributes]
+    assert [f"#{anchor}" for _, anchor in headings] == links
+    assert headings == [
+        ("h2", "opening"),
+        ("h2", "first-chapter"),
+        ("h3", "first-chapter-first-part"),
+        ("h3", "first-chapter-second-part"),
+        ("h2", "second"),
+        ("h3", "second-first-part"),
+        ("h3", "second-second-part"),
+    ]
+    # A heading inside of a section goes down too.
+    assert [tag for tag, _ in parser.found].count("h4") == 2
+
+
+def test_a_written_page_becomes_the_same_chapter(tmp_path) -> None:
+    again = Page.read(full_page().write(tmp_path / "page.html"))
+    assert again.render() == full_page().render()
+    for page in (direct := Page("All"), read := Page("All")):
+        page.chapter("One", full_page() if page is direct else again)
+        page.section("End")
+    assert read.render() == direct.render()
+
+
+def test_another_file_is_no_page(tmp_path) -> None:
+    (tmp_path / "other.html").write_text("<html><body><main>\n</main></body></html>")
+    with pytest.raises(ValueError, match=r"other.html: is not a page"):
+        Page.read(tmp_path / "other.html")
