@@ -3,6 +3,8 @@
 Letters: B batch, T tokens, H columns (orders * heads), M = d_mem, G streams, D hidden size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from engram.config import MemoryConfig
 from engram.kernels.engram_gate_conv import engram_gate_conv
 from engram.memory.conv import ShortConv
 from engram.memory.gate import keys_and_value
+from engram.memory.staged_table import StagedTable
 from engram.memory.table import RowTable
 
 
@@ -20,12 +23,22 @@ class Engram(nn.Module):
     adds the result to the streams. Projections run in the dtype of `hidden`, gates in float32.
     """
 
-    def __init__(self, config: MemoryConfig, *, layer_id: int, hidden_size: int, hc_mult: int, num_rows: int) -> None:
+    def __init__(
+        self,
+        config: MemoryConfig,
+        *,
+        layer_id: int,
+        hidden_size: int,
+        hc_mult: int,
+        num_rows: int,
+        table: Callable[..., RowTable | StagedTable] = RowTable,
+    ) -> None:
+        """`table` makes what holds the rows, of RowTable's arguments."""
         super().__init__()
         self.config = config
         self.layer_id = layer_id
         gains = torch.zeros if config.zero_centred_gains else torch.ones
-        self.embed = RowTable(
+        self.embed = table(
             num_rows, config.head_dim, init_std=config.init_std, dtype=getattr(torch, config.table_dtype)
         )
         # Rows of the matrix: keys of stream 0 to hc_mult-1, then the value.

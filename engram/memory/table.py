@@ -13,7 +13,7 @@ class RowTable(nn.Module):
 
     `weight` [num_rows, head_dim] is float32 or bfloat16. Its gradient is a sparse COO tensor with one (uncoalesced) row
     for each id that is not -1, so a step costs what it touches; `dense_gradients = True` asks for table-sized gradients
-    instead. Other storage (rows sharded over ranks, host memory) is another module with this `forward`.
+    instead. Other storage (rows divided among ranks, host memory) is another module with this `forward`.
     """
 
     def __init__(
@@ -26,11 +26,53 @@ class RowTable(nn.Module):
         advise_huge_pages(weight)
         self.weight = nn.Parameter(weight)
         if init_std is not None:
-            nn.init.normal_(self.weight, std=init_std)
+            self.draw_rows(init_std)
+
+    @property
+    def leaf(self) -> torch.Tensor:
+        """What backward passes leave their gradient on."""
+        return self.weight
+
+    @torch.no_grad()
+    def draw_rows(self, std: float) -> None:
+        """Rows are N(0, std)."""
+        self.weight.normal_(std=std)
 
     def forward(self, hash_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """ids [..., heads] int64, offsets included -> rows [..., heads * head_dim] of `dtype`."""
-        return _read(self.weight, hash_ids, dtype, self.dense_gradients)
+        return read_rows(self.weight, hash_ids, dtype, self.dense_gradients)
+
+    # ------------------------------------------------------------------------------------- RowOwner (memory/staging.py)
+
+    def prefetch(self, ids: torch.Tensor) -> None:
+        """All rows are here."""
+
+    def ensure(self, ids: torch.Tensor) -> None:
+        """All rows are here."""
+
+    @torch.no_grad()
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int64 [N] -> rows [N, D] of the table's dtype, without a gradient."""
+        return gather_rows(self.weight, ids[:, None])
+
+    def accumulate(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Leave the gradient [U, D] of distinct, ascending rows int64 [U] on `weight.grad`, which is empty so far."""
+        assert self.weight.grad is None
+        gradient = gradient.to(self.weight.grad_dtype or self.weight.dtype)
+        sparse = torch.sparse_coo_tensor(
+            ids[None], gradient, self.weight.shape, is_coalesced=True, check_invariants=False
+        )
+        self.weight.grad = sparse.to_dense() if self.dense_gradients else sparse
+
+    def updated(self) -> None:
+        """Rows are stored where they are moved."""
+
+    def flush(self) -> None:
+        """Rows are stored where they are moved."""
+
+    def measures(self) -> dict[str, float]:
+        """Nothing that could be missed."""
+        return {}
 
     def extra_repr(self) -> str:
         return f"rows={self.weight.shape[0]}, head_dim={self.weight.shape[1]}"
@@ -38,8 +80,9 @@ class RowTable(nn.Module):
 
 # Sparse gradients cannot be traced: the look-up stands between the compiled parts of a model.
 @torch.compiler.disable
-def _read(weight: torch.Tensor, hash_ids: torch.Tensor, dtype: torch.dtype, dense_gradients: bool) -> torch.Tensor:
-    return _ReadRows.apply(weight, hash_ids, dtype, dense_gradients)
+def read_rows(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, dense_gradients: bool) -> torch.Tensor:
+    """Rows of a leaf `weight` [R, D], whose gradient is sparse unless asked otherwise: ids [..., H] -> [..., H * D]."""
+    return _ReadRows.apply(weight, ids, dtype, dense_gradients)
 
 
 class _ReadRows(torch.autograd.Function):

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from engram.config import ModelConfig
+from engram.memory.staged_table import StagedTable
+from engram.memory.table import RowTable
 from engram.model.hyper_connection import HyperConnection, Readout
 
 
@@ -29,18 +31,25 @@ def init_weights(model: nn.Module, config: ModelConfig) -> None:
         if isinstance(module, HyperConnection | Readout):
             module.bias.copy_(module.initial_bias())
     for name, parameter in model.named_parameters():
-        _init(name, parameter, config)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, RowTable | StagedTable):
+            # Which may hold some of its rows only.
+            owner.draw_rows(_table_std(name, config))
+        else:
+            _init(name, parameter, config)
+
+
+def _table_std(name: str, config: ModelConfig) -> float:
+    settings = config.over_encoding if name.startswith("over_encoding.") else config.memory
+    assert settings is not None
+    return settings.init_std
 
 
 def _init(name: str, parameter: nn.Parameter, config: ModelConfig) -> None:
     owner, _, leaf = name.rpartition(".")
     part = owner.rpartition(".")[2]
     memory = config.memory
-    if name.endswith("memory.embed.weight") and memory:
-        parameter.normal_(std=memory.init_std)
-    elif name == "over_encoding.embed.weight" and config.over_encoding:
-        parameter.normal_(std=config.over_encoding.init_std)
-    elif part == "memory" and leaf in ("q_weight", "k_weight", "conv_norm") and memory:
+    if part == "memory" and leaf in ("q_weight", "k_weight", "conv_norm") and memory:
         parameter.fill_(0.0 if memory.zero_centred_gains else 1.0)
     elif name.endswith("memory.conv.weight") and memory and memory.conv:
         if memory.conv.zero_init:

@@ -19,6 +19,7 @@ from engram.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, to
 from engram.memory.engram import Engram
 from engram.memory.hashing import NgramHash
 from engram.memory.over_encoding import OverEncoding
+from engram.memory.staged_table import StagedTable
 from engram.memory.table import RowTable
 from engram.memory.vocabulary import VocabularyMap
 from engram.model.attention import Attention
@@ -34,7 +35,9 @@ from engram.model.rope import inverse_frequencies, rope_tables, table_scale
 class Block(nn.Module):
     """Memory, attention and feed-forward, each added to the residual streams."""
 
-    def __init__(self, config: ModelConfig, layer_id: int, num_rows: int | None) -> None:
+    def __init__(
+        self, config: ModelConfig, layer_id: int, num_rows: int | None, table: Callable[..., RowTable | StagedTable]
+    ) -> None:
         super().__init__()
         single = config.memory is not None and config.memory.fusion == "single"
         self.memory: Engram | None = None
@@ -42,7 +45,12 @@ class Block(nn.Module):
         if config.memory and num_rows is not None:
             streams = 1 if single else config.hc_mult
             self.memory = Engram(
-                config.memory, layer_id=layer_id, hidden_size=config.hidden_size, hc_mult=streams, num_rows=num_rows
+                config.memory,
+                layer_id=layer_id,
+                hidden_size=config.hidden_size,
+                hc_mult=streams,
+                num_rows=num_rows,
+                table=table,
             )
             if single:
                 self.memory_connection = _connection(config, layer_id)
@@ -128,13 +136,19 @@ class Transformer(nn.Module):
     """Parameters are float32; everything between embedding and logits runs in `compute_dtype`.
 
     `vocabulary` maps token ids to the compressed ids whose n-grams are hashed; None is the identity. The map travels
-    with the weights, because another map addresses other rows.
+    with the weights, because another map addresses other rows. `table` makes each memory layer's table, of RowTable's
+    arguments.
     """
 
     token_map: Tensor
     rope_frequencies: Tensor
 
-    def __init__(self, model: ModelConfig, vocabulary: VocabularyMap | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        vocabulary: VocabularyMap | None = None,
+        table: Callable[..., RowTable | StagedTable] = RowTable,
+    ) -> None:
         super().__init__()
         self.config = model
         self._identity = VocabularyMap.identity(model.vocab_size)
@@ -160,7 +174,9 @@ class Transformer(nn.Module):
             else None
         )
         num_rows = self.hasher.num_rows if self.hasher else {}
-        self.blocks = nn.ModuleList(Block(model, layer, num_rows.get(layer)) for layer in range(model.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(model, layer, num_rows.get(layer), table) for layer in range(model.num_layers)
+        )
         self.readout = (
             Readout(model.hyper_connection, model.hidden_size, model.norm_eps) if model.hyper_connection else None
         )
@@ -248,8 +264,8 @@ class Transformer(nn.Module):
         for table in self.tables():
             table.dense_gradients = dense
 
-    def tables(self) -> list[RowTable]:
-        return [module for module in self.modules() if isinstance(module, RowTable)]
+    def tables(self) -> list[RowTable | StagedTable]:
+        return [module for module in self.modules() if isinstance(module, RowTable | StagedTable)]
 
     def compile_blocks(self) -> None:
         """Compile attention and feed-forward; memory and hyper-connections are fused operations already."""

@@ -8,7 +8,7 @@ has changed, and that a parameter would otherwise train under the wrong rule wit
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from engram.config import OptimConfig, UserError
+from engram.kernels.table_update.part import TablePart
 
 RoleName = Literal["muon", "adamw", "table"]
 
@@ -85,6 +86,8 @@ class Assignment:
     weight_decay: float
     # Matrices that the parameter's rows are divided into, besides those that leading dimensions count.
     matrices: int = 1
+    # What a table's parameter holds of it, if not the whole.
+    part: TablePart | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -94,11 +97,19 @@ class Assignment:
     def numel(self) -> int:
         return self.parameter.numel()
 
+    @property
+    def whole_shape(self) -> torch.Size:
+        """Of all rows, where the parameter holds some."""
+        return torch.Size((self.part.num_rows, *self.shape[1:])) if self.part else self.shape
+
 
 def assign_roles(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, rules: Sequence[Rule] = RULES
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    optim: OptimConfig,
+    rules: Sequence[Rule] = RULES,
+    parts: Mapping[str, TablePart] | None = None,
 ) -> list[Assignment]:
-    """Give every parameter exactly one role, in the order of the parameters.
+    """Give every parameter exactly one role, in the order of the parameters; `parts` are those of tables by name.
 
     Without `optim.muon`, hidden matrices go to AdamW and keep their weight decay.
 
@@ -109,7 +120,12 @@ def assign_roles(
     chosen = {name: _first_match(name, rules) for name, _ in parameters}
     _check_rules(chosen, rules)
     widths = {name: parameter.shape[-1] for name, parameter in parameters if parameter.ndim}
-    return [_assign(name, parameter, chosen[name], optim, widths) for name, parameter in parameters]
+    assigned = [_assign(name, parameter, chosen[name], optim, widths) for name, parameter in parameters]
+    return (
+        [replace(each, part=parts[each.name]) if each.name in parts else each for each in assigned]
+        if parts
+        else assigned
+    )
 
 
 def _assign(
@@ -182,7 +198,13 @@ def roles_table(assignments: Sequence[Assignment]) -> str:
         shape = _shape(assignment)
         families.setdefault((family, shape, *settings), []).append(assignment)
     lines = [_HEADER] + [
-        (_family_name(family, members), shape, str(len(members)), f"{sum(row.numel for row in members):,}", *settings)
+        (
+            _family_name(family, members),
+            shape,
+            str(len(members)),
+            f"{sum(row.whole_shape.numel() for row in members):,}",
+            *settings,
+        )
         for (family, shape, *settings), members in families.items()
     ]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
@@ -196,14 +218,14 @@ def roles_table(assignments: Sequence[Assignment]) -> str:
     ]
     totals: Counter[str] = Counter()
     for row in assignments:
-        totals[row.role] += row.numel
+        totals[row.role] += row.whole_shape.numel()
     summary = ", ".join(f"{role} {count:,}" for role, count in totals.items())
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], f"elements by role: {summary}"])
 
 
 def _shape(assignment: Assignment) -> str:
     """`5 * 2560 x 1280` for five matrices below one another."""
-    sizes = list(assignment.shape)
+    sizes = list(assignment.whole_shape)
     if assignment.matrices == 1:
         return " x ".join(map(str, sizes))
     return f"{assignment.matrices} * " + " x ".join(map(str, (sizes[0] // assignment.matrices, *sizes[1:])))

@@ -1,12 +1,13 @@
 """One optimizer over all roles: Muon for hidden matrices, AdamW for the rest, a row-sparse one for n-gram tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from engram.config import OptimConfig, TableOptimConfig, UserError
+from engram.kernels.table_update.part import TablePart
 from engram.optim.adamw import AdamW
 from engram.optim.groups import Assignment, RoleError, RoleName, assign_roles, roles_table
 from engram.optim.muon import Muon
@@ -54,10 +55,14 @@ class RoleOptimizer:
         """Update counts."""
         return {key: count for role in self._roles for key, count in role.counts.items()}
 
-    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors into the state. Raises OptimizerStateError, before any copy, naming what does not fit."""
+    def load_tensors(self, saved: Mapping[str, Tensor], apart: Callable[[str], bool] = lambda key: False) -> None:
+        """Copy saved tensors into the state. Raises OptimizerStateError, before any copy, naming what does not fit.
+
+        `apart` tells which keys somebody else takes over.
+        """
         own = self.tensors()
         _check_keys(own, saved)
+        own = {key: tensor for key, tensor in own.items() if not apart(key)}
         for key, tensor in own.items():
             other = saved[key]
             if other.shape != tensor.shape or other.dtype != tensor.dtype:
@@ -75,9 +80,16 @@ class RoleOptimizer:
             role.counts.update({key: int(saved[key]) for key in role.counts})
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> RoleOptimizer:
-    """Assign a role to every parameter (on its final device) and allocate the state. Raises RoleError."""
-    assignments = assign_roles(named_parameters, optim)
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    optim: OptimConfig,
+    parts: Mapping[str, TablePart] | None = None,
+) -> RoleOptimizer:
+    """Assign a role to every parameter (on its final device) and allocate the state. Raises RoleError.
+
+    `parts`: what the parameters of tables that are not whole hold of them.
+    """
+    assignments = assign_roles(named_parameters, optim, parts=parts)
 
     def having(role: RoleName) -> list[Assignment]:
         return [each for each in assignments if each.role == role]

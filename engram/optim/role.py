@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engram.optim.groups import Assignment
-from engram.optim.sparse import coalesce
+from engram.optim.sparse import ascending, coalesce
 
 
 class Role(ABC):
@@ -53,6 +53,8 @@ class TableRole(Role):
             assert gradient.is_sparse, f"{assignment.name}: {type(self).__name__} needs a sparse gradient"
             # Clipping has done so already.
             gradient = coalesce(gradient)
+            if assignment.part is not None:
+                gradient = ascending(gradient)
             self.update(assignment, gradient, lr * assignment.lr_multiplier, self._next_seed(assignment))
 
     @abstractmethod
@@ -65,3 +67,8 @@ class TableRole(Role):
             return 0
         self.counts[key] += 1
         return zlib.crc32(f"{key} {self.counts[key]}".encode())
+
+
+def row_ids(assignment: Assignment, gradient: Tensor) -> Tensor | None:
+    """Numbers in the whole table of a coalesced gradient's rows, int64 [U]; None where they are the rows themselves."""
+    return assignment.part.row_ids(gradient._indices()[0]) if assignment.part else None

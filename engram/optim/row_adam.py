@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engram.kernels.table_update import RowPlan, row_adam_
 from engram.optim.groups import Assignment
-from engram.optim.role import TableRole
+from engram.optim.role import TableRole, row_ids
 
 
 class RowAdam(TableRole):
@@ -42,4 +42,5 @@ class RowAdam(TableRole):
             eps=self.eps,
             weight_decay=assignment.weight_decay,
             seed=seed,
+            row_ids=row_ids(assignment, gradient),
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engram.kernels.table_update import RowPlan, rowwise_adagrad_
 from engram.optim.groups import Assignment
-from engram.optim.role import TableRole
+from engram.optim.role import TableRole, row_ids
 
 
 class RowwiseAdagrad(TableRole):
@@ -33,4 +33,5 @@ class RowwiseAdagrad(TableRole):
             eps=self.eps,
             weight_decay=assignment.weight_decay,
             seed=seed,
+            row_ids=row_ids(assignment, gradient),
         )

@@ -39,4 +39,5 @@ class SinkhornMomentum(TableRole):
             update_rms=settings.update_rms,
             weight_decay=assignment.weight_decay,
             seed=seed,
+            part=assignment.part,
         )

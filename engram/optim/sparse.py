@@ -25,3 +25,13 @@ def coalesce(gradient: Tensor) -> Tensor:
     plan = plan_rows(gradient._indices()[0])
     sums = sum_rows(gradient._values().contiguous(), plan).to(gradient.dtype)
     return torch.sparse_coo_tensor(plan.rows[None], sums, gradient.shape, is_coalesced=True, check_invariants=False)
+
+
+def ascending(gradient: Tensor) -> Tensor:
+    """A coalesced gradient with its rows in ascending order: those of a cache come in the order of the whole table."""
+    rows = gradient._indices()[0]
+    if bool((rows.diff() > 0).all()):
+        return gradient
+    rows, order = rows.sort()
+    values = gradient._values().index_select(0, order)
+    return torch.sparse_coo_tensor(rows[None], values, gradient.shape, is_coalesced=True, check_invariants=False)

@@ -54,10 +54,14 @@ class Checkpoint:
         """The map from token ids to the compressed ids whose n-grams were hashed."""
         return VocabularyMap(self.tensors("model")["token_map"].numpy())
 
-    def fill(self, model: Transformer) -> None:
-        """Copy the weights into `model`. Raises CheckpointError: another hash recipe, names or shapes."""
-        self.check(model, {name: tensor.shape for name, tensor in model.state_dict().items()})
-        model.load_state_dict(dict(self.tensors("model")))
+    def fill(self, model: Transformer, apart: Mapping[str, torch.Size] | None = None) -> None:
+        """Copy the weights into `model`. Raises CheckpointError: another hash recipe, names or shapes.
+
+        `apart`: shapes of the tensors that somebody else takes over.
+        """
+        apart = apart or {}
+        self.check(model, {name: tensor.shape for name, tensor in model.state_dict().items()} | dict(apart))
+        model.load_state_dict(dict(self.tensors("model").only(lambda name: name not in apart)), strict=not apart)
 
     def check(self, model: Transformer, needed: Mapping[str, torch.Size]) -> None:
         """Raises CheckpointError where hash recipe, names or shapes are not those of `model`, of shapes `needed`."""

@@ -1,10 +1,11 @@
-"""One model on several ranks: DeepSpeed holds the backbone, every rank all tables; a step is that of one process.
+"""One model on several ranks: DeepSpeed holds the backbone, tables are outside of it; a step is that of one process.
 
 Gradients are summed, never averaged: each rank's loss is weighted by its share of the whole batch's targets.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,45 +21,53 @@ from engram.optim.groups import assign_roles, roles_table
 from engram.optim.optimizer import RoleOptimizer, table_role
 from engram.training.checkpoint import Checkpoint
 from engram.training.evaluation_share import share_of
+from engram.training.staged import StagedRows
 from engram.training.statistics import layer_statistics
 from engram.training.step import Gradient, merge_table_gradients, number_of_targets, weighted_micro_batches
-
-# Bytes of one file of a checkpoint, and of what a rank holds of it while it is written.
-FILE_BYTES = 2**31
+from engram.training.stored_tables import StoredTables
+from engram.training.tensor_files import bounded_files
 
 
 class RankedEngine:
     """`Engine` on all ranks of a world. Raises ConfigError for settings that do not go together."""
 
-    def __init__(self, model: Transformer, config: Config, device: torch.device, world: World) -> None:
+    def __init__(
+        self, model: Transformer, config: Config, device: torch.device, world: World, stored: StoredTables
+    ) -> None:
+        """`stored` has made the model's memory tables."""
         self.model = model
         self.config = config
         self.device = device
         self.world = world
         settings = _check(config, world)
-        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()} | stored.shapes()
         shard_experts(model, world, settings.expert_ranks, settings.timeout_seconds)
-        assignments = assign_roles(model.named_parameters(), config.optim)
+        assignments = assign_roles(model.named_parameters(), config.optim, parts=stored.parts())
         # DeepSpeed leaves empty parameters behind.
         self._roles_table = roles_table(assignments)
         tables = [each for each in assignments if each.role == "table"]
         self._tables = {each.name: each.parameter for each in tables}
         self._table_optimizer = RoleOptimizer(tables, [table_role(tables, config.optim.table)])
+        stored.bind(self._table_optimizer.tensors())
+        self._stored = stored
+        self._rows = StagedRows(model, stored.steps, device)
         self.backbone = Backbone(model, assignments, config, world)
         self._micro_batch_size = config.train.micro_batch_size or config.train.batch_size // world.size
 
     # --------------------------------------------------------------------------------------------------------- one step
 
-    def compute_gradient(self, batch: TokenBatch) -> Gradient:
+    def compute_gradient(self, batch: TokenBatch, following: Callable[[], TokenBatch] | None = None) -> Gradient:
+        self._rows.begin(batch, following)
         loss = self.world.sum(self._accumulate(batch))
-        sum_table_gradients(self._tables.values(), self.world)
+        self._rows.finish()
+        sum_table_gradients((table for name, table in self._tables.items() if self._is_whole(name)), self.world)
         norm = self._norm()
         loss_value, norm_value = torch.stack((loss.double(), norm)).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         clip_norm = self.config.optim.clip_norm
         if finite and clip_norm is not None and norm_value > clip_norm:
             self.backbone.scale(clip_norm / norm_value)
-            for values in self._table_values():
+            for _, values in self._table_values():
                 values.mul_(clip_norm / norm_value)
         return Gradient(loss_value, norm_value, finite)
 
@@ -79,19 +88,27 @@ class RankedEngine:
     @torch.no_grad()
     def _norm(self) -> Tensor:
         """Global norm of the gradient, each table counted once, float64 []."""
-        total = self.backbone.squared_norm()
-        for values in self._table_values():
-            total += torch.linalg.vector_norm(values).double().square()
-        return total.sqrt()
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for name, values in self._table_values():
+            squares[int(self._is_whole(name))] += torch.linalg.vector_norm(values).double().square()
+        divided, whole = squares.split(1)
+        if self._stored.divided:
+            self.world.sum(divided)
+        return (self.backbone.squared_norm() + divided.sum() + whole.sum()).sqrt()
 
-    def _table_values(self) -> Iterator[Tensor]:
-        for table in self._tables.values():
+    def _is_whole(self, table: str) -> bool:
+        """Whether every rank holds all rows of it, and the same gradient."""
+        return not self._stored.divided or table not in self._stored.names
+
+    def _table_values(self) -> Iterator[tuple[str, Tensor]]:
+        for name, table in self._tables.items():
             if table.grad is not None:
-                yield table.grad._values() if table.grad.is_sparse else table.grad
+                yield name, table.grad._values() if table.grad.is_sparse else table.grad
 
     def apply_gradient(self, lr: float) -> None:
         self.backbone.step(lr)
         self._table_optimizer.step(lr)
+        self._rows.updated()
         sum_router_loads(self.model, self.world)
         self.model.update_router_bias()
         self._table_optimizer.zero_grad()
@@ -102,12 +119,9 @@ class RankedEngine:
         self._table_optimizer.zero_grad()
 
     def nonfinite_gradients(self) -> list[str]:
-        tables = [
-            name
-            for (name, _), values in zip(self._tables.items(), self._table_values(), strict=True)
-            if not values.isfinite().all()
-        ]
-        return sorted(self.backbone.nonfinite_gradients() + tables)
+        found = {name for name, values in self._table_values() if not values.isfinite().all()}
+        tables = set().union(*self.world.gather(found))
+        return sorted({*self.backbone.nonfinite_gradients(), *tables})
 
     # ----------------------------------------------------------------------------------------------------- a look at it
 
@@ -115,7 +129,7 @@ class RankedEngine:
         def token_losses(*tensors: Tensor | None) -> Tensor:
             return self.backbone.run("token_losses", *tensors)
 
-        shares = (share_of(batch, self.world) for batch in batches)
+        shares = self._rows.each(share_of(batch, self.world) for batch in batches)
         total, count = self.world.sum(loss_sums(self.model, token_losses, shares, self.device)).tolist()
         return total / max(count, 1)
 
@@ -123,14 +137,18 @@ class RankedEngine:
         """Of this rank's part of the batch."""
         return layer_statistics(self.model, batch, self._micro_batch_size, self.device)
 
+    def measures(self) -> dict[str, float]:
+        return self._rows.measures()
+
     def roles_table(self) -> str:
         return self._roles_table
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        yield from self._files("model", self._model_tensors())
-        yield from self._files("optim", self._optimizer_tensors())
+        self._rows.flush()
+        for kind, whole in (("model", self._model_tensors()), ("optim", self._optimizer_tensors())):
+            yield from bounded_files(kind, self.world.rank, chain(self._share(whole), self._stored.slices(kind)))
 
     def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.backbone.full_tensors("parameters")
@@ -138,24 +156,22 @@ class RankedEngine:
 
     def _outside_backbone(self) -> dict[str, Tensor]:
         """Tables, and buffers that belong to the model."""
-        inside = {name for name, _ in self.model.named_parameters()} - self._tables.keys()
+        inside = {name for name, _ in self.model.named_parameters()} - self._tables.keys() | self._stored.names
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in inside}
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.backbone.full_tensors("optimizer")
-        yield from self._table_optimizer.tensors().items()
+        yield from self._whole_state().items()
 
-    def _files(self, kind: str, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Every rank walks over all tensors, which takes all ranks, and writes its share of them."""
-        world, part, held = self.world, 0, {}
-        for number, (name, tensor) in enumerate(tensors):
-            if number % world.size == world.rank:
-                held[name] = tensor.detach().to("cpu", copy=True)
-                if sum(each.nbytes for each in held.values()) >= FILE_BYTES:
-                    yield _file_name(kind, world.rank, part), held
-                    part, held = part + 1, {}
-        if held or (world.is_first and part == 0):
-            yield _file_name(kind, world.rank, part), held
+    def _whole_state(self) -> dict[str, Tensor]:
+        """What the table optimizer keeps of tables that every rank holds."""
+        return {key: each for key, each in self._table_optimizer.tensors().items() if not self._stored.owns(key)}
+
+    def _share(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """What this rank writes of them; every rank walks over all, which takes all ranks."""
+        for number, each in enumerate(tensors):
+            if number % self.world.size == self.world.rank:
+                yield each
 
     def scalars(self) -> dict[str, int | float]:
         return {**self.backbone.counts(), **self._table_optimizer.scalars()}
@@ -167,6 +183,7 @@ class RankedEngine:
         with torch.no_grad():
             for name, tensor in self._outside_backbone().items():
                 tensor.copy_(saved[name])
+            self._stored.load("model", saved)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         self.load_weights(checkpoint)
@@ -174,12 +191,9 @@ class RankedEngine:
         self.backbone.load_tensors("optimizer", saved)
         self.backbone.load_counts(counts)
         tables = self._table_optimizer
-        tables.load_tensors({key: saved[key] for key in tables.tensors() if key in saved})
+        tables.load_tensors(saved.only(tables.tensors().keys().__contains__), apart=self._stored.owns)
+        self._stored.load("optim", saved)
         tables.load_scalars({key: counts[key] for key in tables.scalars() if key in counts})
-
-
-def _file_name(kind: str, rank: int, part: int) -> str:
-    return kind if rank == 0 and part == 0 else f"{kind}-{rank:05d}-{part:05d}"
 
 
 def _check(config: Config, world: World) -> DistributedConfig:
@@ -191,8 +205,6 @@ def _check(config: Config, world: World) -> DistributedConfig:
             f"train.batch_size {train.batch_size} cannot be shared equally by {world.size} ranks: make it a multiple "
             f"of {world.size}"
         )
-    if settings.table_ranks is not None:
-        raise ConfigError("distributed.table_ranks: training does not divide tables yet: leave it at null")
     share = train.batch_size // world.size
     if train.micro_batch_size and share % train.micro_batch_size:
         raise ConfigError(

@@ -44,9 +44,14 @@ class CheckpointSaver:
         writer.begin()
         self._pending = writer, self._threads.submit(writer.write)
 
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has written its part of what was begun."""
+        return self._pending is None or self._pending[1].done()
+
     def poll(self) -> None:
         """Complete what all ranks have written. Raises CheckpointError: the disk did not take it."""
-        if self._pending is not None and not self.world.any(not self._pending[1].done()):
+        if self._pending is not None and not self.world.any(not self.ready):
             self.wait()
 
     def wait(self) -> None:

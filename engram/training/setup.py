@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,16 @@ from engram.data.settings import check_settings, content_settings
 from engram.data.shards import Dataset, verify_folder
 from engram.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from engram.distributed.world import World
+from engram.memory.staged_table import StagedTable
+from engram.memory.table import RowTable
 from engram.memory.vocabulary import VocabularyMap
 from engram.model.transformer import Transformer
 from engram.optim.optimizer import build_optimizer
 from engram.training.capacity import enough_memory
 from engram.training.engine import Engine, LocalEngine
 from engram.training.provenance import cpu_name
+from engram.training.staged import StagedRows
+from engram.training.stored_tables import StoredTables
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +74,14 @@ def open_data(config: Config, terminal: Console) -> RunData:
     return RunData(training, validation, tokenizer)
 
 
-def build_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> Transformer:
-    """The freshly initialised model, ready to train: float32 masters, computing in train.dtype."""
-    model = Transformer(config.model, vocabulary_map(config.model, tokenizer)).to(device)
+def build_model(
+    config: Config, tokenizer: Tokenizer, device: torch.device, table: Callable[..., RowTable | StagedTable] = RowTable
+) -> Transformer:
+    """The freshly initialised model, ready to train: float32 masters, computing in train.dtype.
+
+    `table` makes the tables of memory layers.
+    """
+    model = Transformer(config.model, vocabulary_map(config.model, tokenizer), table).to(device)
     model.compute_dtype = getattr(torch, config.train.dtype)
     model.activation_checkpointing = config.train.activation_checkpointing
     model.set_dense_table_gradients(config.optim.table.kind == "dense_adam")
@@ -85,18 +95,19 @@ def build_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> T
 
 def build_engine(config: Config, data: RunData, device: torch.device, world: World) -> Engine:
     """The model with its optimizer, on this process or on all ranks. Raises UserError: memory, roles, an odd plan."""
-    if config.train.tables is not None:
-        raise UserError("train.tables: training keeps all rows on the device, so far: leave it at null")
+    stored = StoredTables(config, world, device)
     with enough_memory(config, device):
-        model = build_model(config, data.tokenizer, device)
+        model = build_model(config, data.tokenizer, device, stored.make)
         if config.distributed is not None:
             # It brings DeepSpeed, which takes seconds to import.
             from engram.training.ranked_engine import RankedEngine
 
-            return RankedEngine(model, config, device, world)
-        optimizer = build_optimizer(model.named_parameters(), config.optim)
+            return RankedEngine(model, config, device, world, stored)
+        optimizer = build_optimizer(model.named_parameters(), config.optim, stored.parts())
+        stored.bind(optimizer.tensors())
     at_once = config.train.micro_batch_size or config.train.batch_size
-    return LocalEngine(model, optimizer, device, at_once, config.optim.clip_norm)
+    rows = StagedRows(model, stored.steps, device)
+    return LocalEngine(model, optimizer, device, at_once, config.optim.clip_norm, rows, stored)
 
 
 def _compile_obstacle(device: torch.device) -> str | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from engram.memory.engram import Engram
+from engram.memory.staged_table import StagedTable
 from engram.memory.table import RowTable
 from engram.model.evaluation import TokenBatch, to_device
 from engram.model.hyper_connection import HyperConnection
@@ -73,13 +74,13 @@ def gate_statistics(gates_BTG: Tensor) -> dict[str, Tensor]:
     return statistics
 
 
-def table_statistics(hash_ids: Tensor, weight: nn.Parameter) -> dict[str, Tensor]:
-    """Share of the table that the batch reads, and the gradient that the step left on it."""
+def table_statistics(hash_ids: Tensor, num_rows: int, gradient: Tensor | None) -> dict[str, Tensor]:
+    """Share of the table that the batch reads, and the gradient that the step left on it (on this rank's rows)."""
     rows = torch.unique(hash_ids)
     # -1 marks a dead token, which reads no row.
-    statistics = {"rows_touched": (rows >= 0).sum() / weight.shape[0]}
-    if weight.grad is not None:
-        statistics["row_grad_norm"] = gradient_norm(weight.grad)
+    statistics = {"rows_touched": (rows >= 0).sum() / num_rows}
+    if gradient is not None:
+        statistics["row_grad_norm"] = gradient_norm(gradient)
     return statistics
 
 
@@ -114,7 +115,9 @@ def _watch(part: nn.Module | None, prefix: str, collected: dict[str, Tensor]) ->
     def statistics(inputs: tuple[Tensor, ...], output: Any) -> dict[str, Tensor]:
         match part:
             case RowTable():
-                return table_statistics(inputs[0], part.weight)
+                return table_statistics(inputs[0], len(part.weight), part.weight.grad)
+            case StagedTable():
+                return table_statistics(inputs[0], part.num_rows, part.weight.grad)
             case Engram():
                 return gate_statistics(part.gates(*inputs))
             case Router():
@@ -126,6 +129,6 @@ def _watch(part: nn.Module | None, prefix: str, collected: dict[str, Tensor]) ->
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         collected.update({prefix + key: value for key, value in statistics(inputs, output).items()})
 
-    if isinstance(part, RowTable | Engram | Router | HyperConnection):
+    if isinstance(part, RowTable | StagedTable | Engram | Router | HyperConnection):
         return [part.register_forward_hook(keep)]
     return []

@@ -11,6 +11,7 @@ from engram.model.transformer import IGNORE, Transformer
 from engram.optim.clip import clip_grad_norm
 from engram.optim.optimizer import RoleOptimizer
 from engram.optim.sparse import coalesce
+from engram.training.staged import StagedRows
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,21 @@ class Gradient:
 
 
 def compute_gradient(
-    model: Transformer, batch: TokenBatch, micro_batch_size: int, clip_norm: float | None, device: torch.device
+    model: Transformer,
+    batch: TokenBatch,
+    micro_batch_size: int,
+    clip_norm: float | None,
+    device: torch.device,
+    rows: StagedRows | None = None,
 ) -> Gradient:
-    """Leave the clipped gradient of the batch's mean loss on the parameters.
+    """Leave the clipped gradient of the batch's mean loss on the parameters; `rows` has begun this batch.
 
     Loss and norm are read from the device here, once a step: whether they are finite decides if the step is taken. The
     queue of a GPU runs dry for the few launches between this read and the update.
     """
     loss = accumulate(model, batch, micro_batch_size, device)
+    if rows is not None:
+        rows.finish()
     norm = clip_grad_norm(model.parameters(), clip_norm)
     loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
     return Gradient(loss_value, norm_value, finite=math.isfinite(loss_value) and math.isfinite(norm_value))
@@ -72,8 +80,9 @@ def weighted_micro_batches(
 def merge_table_gradients(model: Transformer) -> None:
     """One entry per row: added up as they come, the reads of all micro-batches would pile up."""
     for table in model.tables():
-        if table.weight.grad is not None and table.weight.grad.is_sparse:
-            table.weight.grad = coalesce(table.weight.grad)
+        leaf = table.leaf
+        if leaf.grad is not None and leaf.grad.is_sparse:
+            leaf.grad = coalesce(leaf.grad)
 
 
 def apply_gradient(model: Transformer, optimizer: RoleOptimizer, lr: float) -> None:

@@ -6,11 +6,12 @@ any other number wrote.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,11 +19,35 @@ from torch import Tensor
 
 from engram.config import UserError
 
+# Bytes of one file of a checkpoint, and of what a rank holds of it while it is written.
+FILE_BYTES = 2**31
+
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<first>\d+):(?P<stop>\d+)\]")
 
 
 class TensorFilesError(UserError):
     """Files of tensors that cannot be read, or lack something; the message names the file."""
+
+
+def bounded_files(
+    kind: str, rank: int, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name of a file, copies of its tensors) of what `rank` writes of `kind`: files of FILE_BYTES or little more.
+
+    The first rank always writes one that is called `kind`.
+    """
+    part, held = 0, dict[str, Tensor]()
+    for name, tensor in tensors:
+        held[name] = tensor.detach().to("cpu", copy=True)
+        if sum(each.nbytes for each in held.values()) >= FILE_BYTES:
+            yield _file_name(kind, rank, part), held
+            part, held = part + 1, {}
+    if held or (rank == 0 and part == 0):
+        yield _file_name(kind, rank, part), held
+
+
+def _file_name(kind: str, rank: int, part: int) -> str:
+    return kind if rank == 0 and part == 0 else f"{kind}-{rank:05d}-{part:05d}"
 
 
 def rows_key(name: str, first: int, stop: int) -> str:
@@ -71,6 +96,12 @@ class TensorFiles(Mapping[str, Tensor]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor, whole."""
         return {name: stored.shape for name, stored in self._stored.items()}
+
+    def only(self, keep: Callable[[str], bool]) -> Self:
+        """Those tensors whose names `keep` chooses; nothing is read for it."""
+        chosen = copy(self)
+        chosen._stored = {name: stored for name, stored in self._stored.items() if keep(name)}
+        return chosen
 
     def __getitem__(self, name: str) -> Tensor:
         parts = [_read(piece) for piece in self._stored[name].pieces]

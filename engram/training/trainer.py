@@ -174,7 +174,7 @@ class Trainer:
         state, train, optim = self.state, self.config.train, self.config.optim
         self._check_tokens(batch)
         lr = learning_rate(state.step, optim, train.steps)
-        gradient = state.engine.compute_gradient(batch)
+        gradient = state.engine.compute_gradient(batch, state.loader.peek)
         line: dict[str, Any] = {
             "step": state.step + 1,
             "tokens": state.tokens + self.config.tokens_per_step,
@@ -210,6 +210,7 @@ class Trainer:
             if line["val_loss"] < self.state.best_val_loss:
                 self.state.best_val_loss, self.state.best_step = line["val_loss"], step
         if step == 1 or step % train.log_every == 0 or evaluate or statistics:
+            line |= self.state.engine.measures()
             line["tokens_per_second"] = self.clock.lap(step)
             self.recorder.write(line, self.clock.seconds_left(step, self.last_step))
         else:

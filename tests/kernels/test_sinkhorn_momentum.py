@@ -10,6 +10,7 @@ from torch import Tensor
 from engram.kernels.choose import Implementation, ImplementationUnavailable
 from engram.kernels.sinkhorn_momentum import sinkhorn_momentum_
 from engram.kernels.sinkhorn_momentum.reference import balance_ref
+from engram.kernels.table_update.part import TablePart
 from tests.tolerances import assert_close
 
 ROWS, LR, BETA, STEPS, THRESHOLD, RMS = 37, 0.05, 0.95, 11, 1e-3, 0.18
@@ -127,6 +128,21 @@ def test_native_bits_do_not_depend_on_threads() -> None:
         torch.set_num_threads(before)
     for other in outcomes[1:]:
         assert all(torch.equal(*pair) for pair in zip(outcomes[0], other, strict=True))
+
+
+def test_a_part_that_is_the_whole_changes_nothing() -> None:
+    rows, start = torch.randperm(ROWS)[:20].sort().values, torch.randn(ROWS, 16).bfloat16()
+    part = TablePart(lambda each: each, ROWS, lambda each: each, lambda each: each)
+    gradient, tables = torch.randn(20, 16), []
+    for settings in (dict(part=part), dict(impl="reference")):
+        table = start.clone()
+        sinkhorn_momentum_(table, torch.zeros(ROWS, 16), gradient, rows, **SETTINGS, seed=3, **settings)
+        tables.append(table)
+    # Column norms are taken in float64 there.
+    assert (tables[0] != tables[1]).float().mean() < 0.01
+    for impl in ("native", "triton"):
+        with pytest.raises(ImplementationUnavailable, match=f"the {impl} implementation .* the table is divided"):
+            sinkhorn_momentum_(**arguments(part=part, impl=impl))
 
 
 def arguments(**changes: Any) -> dict[str, Any]:

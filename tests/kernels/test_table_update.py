@@ -327,7 +327,7 @@ def test_rounding_is_the_same_to_the_bit(impl: Implementation) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "native", "triton"])
-def test_a_part_of_a_table_rounds_as_the_whole(impl: Implementation) -> None:
+def test_a_part_of_a_table_rounds_by_numbers_in_the_whole(impl: Implementation) -> None:
     """Rows 17 to 40 of a table, held by themselves and in another order, with numbers from beyond 2^32 on."""
     first, rows = 2**33 + 5, torch.arange(17, 40)
     start, gradient = torch.randn(23, 16).bfloat16(), torch.randint(-8, 9, (23, 16)) / 8

@@ -184,3 +184,26 @@ def test_initial_rows(init_std: float) -> None:
     weight = RowTable(400, 100, init_std=init_std).weight.detach()
     assert abs(float(weight.std()) - init_std) <= 0.02 * init_std
     assert abs(float(weight.mean())) <= 0.02 * init_std
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_owner_reads_rows_and_takes_their_gradient(dtype: torch.dtype, dense: bool) -> None:
+    table = fresh_table(dtype)
+    table.dense_gradients = dense
+    table.weight.grad_dtype = torch.float32
+    ids = torch.tensor([7, 2, 7, 22])
+    table.ensure(ids.unique())
+    rows = table.read(ids)
+    assert rows.dtype == dtype
+    assert not rows.requires_grad
+    assert torch.equal(rows, table.weight.detach()[ids])
+    gradient = torch.randn(3, WIDTH)
+    table.accumulate(torch.tensor([2, 7, 22]), gradient)
+    found = table.weight.grad
+    assert found is not None
+    assert found.is_sparse != dense
+    assert found.dtype == torch.float32
+    expected = torch.zeros(ROWS, WIDTH)
+    expected[[2, 7, 22]] = gradient
+    assert torch.equal(found.to_dense(), expected)

@@ -59,11 +59,11 @@ def test_rows_by_hand() -> None:
     # Distinct rows 0, 3, 9; a dead token reads none.
     weight = torch.nn.Parameter(torch.zeros(12, 2))
     ids = torch.tensor([[[0, 3], [3, 9]], [[-1, -1], [0, 9]]])
-    assert values(table_statistics(ids, weight)) == {"rows_touched": 0.25}
+    assert values(table_statistics(ids, len(weight), weight.grad)) == {"rows_touched": 0.25}
     # Row 3 twice: (1, 2) + (2, 2) = (3, 4), and (0, 12) in row 5: norm 13.
     rows, gradients = torch.tensor([[3, 5, 3]]), torch.tensor([[1.0, 2], [0, 12], [2, 2]])
     weight.grad = torch.sparse_coo_tensor(rows, gradients, (12, 2), check_invariants=True)
-    assert values(table_statistics(ids, weight))["row_grad_norm"] == pytest.approx(13.0)
+    assert values(table_statistics(ids, len(weight), weight.grad))["row_grad_norm"] == pytest.approx(13.0)
     assert gradient_norm(weight.grad.to_dense()).item() == pytest.approx(13.0)
 
 

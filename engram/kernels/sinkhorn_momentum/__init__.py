@@ -12,10 +12,12 @@ from engram.kernels.choose import Implementation, check_integers, choose, triton
 from engram.kernels.native import native_obstacle
 from engram.kernels.sinkhorn_momentum.native_cpu import SOURCE, sinkhorn_momentum_native_
 from engram.kernels.sinkhorn_momentum.reference import sinkhorn_momentum_ref_
+from engram.kernels.table_update.part import TablePart
 
 __all__ = ["sinkhorn_momentum_"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_DIVIDED = "the table is divided, and it balances whole tables only"
 
 
 def sinkhorn_momentum_(
@@ -31,6 +33,7 @@ def sinkhorn_momentum_(
     update_rms: float,
     weight_decay: float = 0.0,
     seed: int = 0,
+    part: TablePart | None = None,
     impl: Implementation = "auto",
 ) -> None:
     """M = beta M + (1-beta) G;  H = beta M + (1-beta) G;  W = (1 - lr wd) W - lr update_rms sqrt(D) balanced(H).
@@ -41,24 +44,46 @@ def sinkhorn_momentum_(
 
     In place: `table` [R, D] float32, or bfloat16 rounded stochastically by an integer hash of `seed` (at least 0, below
     2^32), row and column; `momentum` [R, D] float32. `gradient` [U, D] float32 or bfloat16 belongs to the distinct,
-    ascending `rows` [U] int64. All contiguous. Raises TypeError, ValueError, and on CPU IndexError for a row that the
-    table does not have.
+    ascending `rows` [U] int64. All contiguous. Where `table` is a part of a larger one,
+    all parts call this together, also those without a row, and the reference does the work. Raises TypeError,
+    ValueError, and on CPU IndexError for a row that the table does not have.
     """
     _check(table, momentum, gradient, rows, steps, seed)
-    chosen = _choice(impl, table.device.type, table.shape[1])
+    chosen = _choice(impl, table.device.type, table.shape[1], divided=part is not None)
+    if part is not None:
+        # Collectives are not for the dispatcher.
+        sinkhorn_momentum_ref_(
+            table.detach(),
+            momentum,
+            gradient,
+            rows,
+            lr=lr,
+            beta=beta,
+            steps=steps,
+            threshold=threshold,
+            update_rms=update_rms,
+            weight_decay=weight_decay,
+            seed=seed,
+            part=part,
+        )
+        return
     settings = (lr, beta, steps, threshold, update_rms, weight_decay, seed, chosen)
     _sinkhorn_momentum(table.detach(), momentum, gradient, rows, *settings)
 
 
 @torch.compiler.assume_constant_result
-def _choice(impl: Implementation, device: str, width: int) -> str:
+def _choice(impl: Implementation, device: str, width: int, divided: bool) -> str:
     return choose(
         "sinkhorn_momentum_",
         impl,
         device,
-        triton=lambda: _triton_obstacle(device, width),
-        native=lambda: native_obstacle(SOURCE) if device == "cpu" else f"it is for CPU, not {device}",
+        triton=lambda: _DIVIDED if divided else _triton_obstacle(device, width),
+        native=lambda: _DIVIDED if divided else _native_obstacle(device),
     )
+
+
+def _native_obstacle(device: str) -> str | None:
+    return native_obstacle(SOURCE) if device == "cpu" else f"it is for CPU, not {device}"
 
 
 def _triton_obstacle(device: str, width: int) -> str | None:

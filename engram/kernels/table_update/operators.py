@@ -57,14 +57,7 @@ def row_adam_(
 ) -> None:
     _check_plan(table, rows, starts, order, num_reads)
     row_ids = rows if row_ids is None else row_ids
-    settings = dict(
-        lr=lr,
-        betas=(beta1, beta2),
-        eps=eps,
-        weight_decay=weight_decay,
-        seed=seed,
-        row_ids=rows if row_ids is None else row_ids,
-    )
+    settings = dict(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, seed=seed, row_ids=row_ids)
     plan = RowPlan(rows, starts, order, num_reads)
     if len(rows):
         with torch.cuda.device_of(table):

@@ -1,0 +1,116 @@
+"""Rows of divided tables on their way: ids to the ranks that own them, rows back, gradients to the owners.
+
+All tables travel together. A step takes four messages from every rank to every rank: how many ids, the ids, their rows,
+and the rows' gradients.
+
+Legend: L tables, R ranks, U distinct rows that this rank reads of one table, A rows that all ranks ask of this one, D
+width of a row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from engram.distributed.world import World
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a step's ids have in common with its rows and gradients: who asked whom for how many."""
+
+    # Numbers of rows [rank][table]: that this rank reads of others, and that others read of it.
+    wanted: list[list[int]]
+    owed: list[list[int]]
+
+
+class RowExchange:
+    """Exchanges over all ranks of `world`; `ranges[table][rank]` are the rows that a rank owns, in order."""
+
+    def __init__(self, world: World, ranges: Sequence[Sequence[range]]) -> None:
+        self.world = world
+        self._starts = [
+            torch.tensor([rows.start for rows in owned] + [owned[-1].stop], device=world.device) for owned in ranges
+        ]
+        # Bytes that left this rank in the last step, and those that as many rows must take.
+        self.bytes_sent = self.bytes_needed = 0
+
+    def ask(self, ids: Sequence[Tensor], valid: bool) -> tuple[Asked, list[Tensor]] | None:
+        """Each table's ids int64 [U], distinct and ascending -> what all ranks ask of this one: [A], by rank.
+
+        None, on all ranks, where `valid` is not set on any of them.
+        """
+        if not valid:
+            ids = [each[:0] for each in ids]
+        ends = [torch.searchsorted(each, starts) for each, starts in zip(ids, self._starts, strict=True)]
+        # One column more than tables: whether the ids are valid.
+        columns = [end.diff() for end in ends] + [torch.full((self.world.size,), int(valid), device=self.world.device)]
+        counts_RL = torch.stack(columns, dim=1)
+        answers_RL = self._all_to_all(counts_RL, [1] * self.world.size, [1] * self.world.size)()
+        wanted, owed = counts_RL.tolist(), answers_RL.tolist()
+        if not all(row.pop() for row in owed):
+            return None
+        for row in wanted:
+            row.pop()
+        asked = Asked(wanted, owed)
+        parts = self._by_rank(ids, wanted)
+        self.bytes_sent = counts_RL.nbytes
+        self.bytes_needed = 0
+        arrived = self._all_to_all(torch.cat(parts), _sums(wanted), _sums(owed))()
+        self._count(asked.wanted, arrived.itemsize, needed=True)
+        return asked, _by_table(arrived, owed)
+
+    def answer(self, asked: Asked, rows: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
+        """Each table's rows [A, D], as they were asked for -> what waits for this rank's own [U, D]."""
+        parts = torch.cat(self._by_rank(rows, asked.owed))
+        self._count(asked.owed, parts[:1].nbytes or parts.itemsize * parts.shape[1], needed=True)
+        wait = self._all_to_all(parts, _sums(asked.owed), _sums(asked.wanted))
+        arrived: list[Tensor] = []
+
+        def table(place: int) -> Tensor:
+            # The first that is waited for brings all.
+            if not arrived:
+                arrived.extend(_by_table(wait(), asked.wanted))
+            return arrived[place]
+
+        return [lambda place=place: table(place) for place in range(len(rows))]  # type: ignore[misc]
+
+    def return_gradients(self, asked: Asked, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Each table's gradient [U, D] -> those of the rows that were asked of this rank [A, D], by rank."""
+        parts = torch.cat(self._by_rank(gradients, asked.wanted))
+        self._count(asked.wanted, parts.itemsize * parts.shape[1], needed=True)
+        return _by_table(self._all_to_all(parts, _sums(asked.wanted), _sums(asked.owed))(), asked.owed)
+
+    def _all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Callable[[], Tensor]:
+        output = rows.new_empty(sum(received), *rows.shape[1:])
+        work = distributed.all_to_all_single(output, rows.contiguous(), received, sent, async_op=True)
+        assert work is not None
+
+        def wait() -> Tensor:
+            work.wait()
+            return output
+
+        return wait
+
+    def _by_rank(self, tables: Sequence[Tensor], counts: list[list[int]]) -> list[Tensor]:
+        """Parts of all tables, those for the first rank first."""
+        parts = [table.split([row[place] for row in counts]) for place, table in enumerate(tables)]
+        return [part[rank] for rank in range(self.world.size) for part in parts]
+
+    def _count(self, counts: list[list[int]], nbytes: int, needed: bool) -> None:
+        """What goes to other ranks; a rank's own rows take no way."""
+        others = sum(sum(row) for rank, row in enumerate(counts) if rank != self.world.rank) * nbytes
+        self.bytes_sent += others
+        self.bytes_needed += others * needed
+
+
+def _by_table(rows: Tensor, counts: list[list[int]]) -> list[Tensor]:
+    """Each table's rows, rank by rank, of what arrived rank by rank with all tables in each."""
+    parts = rows.split([count for row in counts for count in row])
+    tables = len(counts[0])
+    return [torch.cat(parts[place::tables]) for place in range(tables)]
+
+
+def _sums(counts: list[list[int]]) -> list[int]:
+    return [sum(row) for row in counts]

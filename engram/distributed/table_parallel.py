@@ -1,0 +1,106 @@
+"""Tables divided among ranks by rows: each rank owns a contiguous range, and reads the others' through an exchange.
+
+What trains them stays with the owner: gradients come back to it, summed over the reads of each rank and then over ranks
+in their order, and its optimizer state never moves.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, distributed
+
+from engram.distributed.exchange import Asked, RowExchange
+from engram.distributed.world import World
+from engram.kernels.table_update import plan_rows, sum_rows
+from engram.kernels.table_update.part import TablePart
+from engram.memory.initial_rows import initial_rows
+from engram.memory.staged_table import StagedTable, check_rows, distinct
+from engram.memory.staging import HashIds
+from engram.memory.table import RowTable
+
+
+class DividedTables:
+    """`TableSteps` of all ranks of `world`, of whose tables `ranges[layer][rank]` are a rank's rows."""
+
+    def __init__(self, tables: dict[int, StagedTable], ranges: Mapping[int, list[range]], world: World) -> None:
+        self._tables = tables
+        self._world = world
+        self._ranges = ranges
+        self._exchange = RowExchange(world, [ranges[layer] for layer in tables])
+        self._asked: Asked | None = None
+        # Of each table, the own rows that ranks asked for, rank by rank; numbered from the first own row on.
+        self._reads: dict[int, Tensor] = {}
+
+    def prefetch(self, hash_ids: HashIds) -> None:
+        """Own rows that this rank will read; which ones others will ask for is not known before they ask."""
+        for layer, table in self._tables.items():
+            own, ids = self._ranges[layer][self._world.rank], distinct(hash_ids[layer])
+            table.owner.prefetch(ids[(ids >= own.start) & (ids < own.stop)] - own.start)
+
+    def begin(self, hash_ids: HashIds) -> None:
+        ids = {layer: distinct(hash_ids[layer]) for layer in self._tables}
+        valid = all(not len(ids[layer]) or int(ids[layer][-1]) < self._tables[layer].num_rows for layer in ids)
+        answer = self._exchange.ask(list(ids.values()), valid)
+        if answer is None:
+            with self._world.together():
+                for layer, table in self._tables.items():
+                    check_rows(ids[layer], table.num_rows, layer)
+            raise AssertionError("one rank found its rows invalid, which are not")
+        self._asked, reads = answer
+        rows = []
+        for (layer, table), read in zip(self._tables.items(), reads, strict=True):
+            own = self._reads[layer] = read - self._ranges[layer][self._world.rank].start
+            table.owner.ensure(distinct(own))
+            rows.append(table.owner.read(own))
+        arriving = self._exchange.answer(self._asked, rows)
+        for (layer, table), wait in zip(self._tables.items(), arriving, strict=True):
+            table.stage(ids[layer], wait)
+
+    def finish(self) -> None:
+        assert self._asked is not None, "a batch is finished that never began"
+        gradients = [table.take_gradient()[1] for table in self._tables.values()]
+        returned = self._exchange.return_gradients(self._asked, gradients)
+        for (layer, table), gradient in zip(self._tables.items(), returned, strict=True):
+            # A stable sort: sums are in the order of ranks.
+            plan = plan_rows(self._reads[layer])
+            table.owner.accumulate(plan.rows, sum_rows(gradient, plan))
+
+    def updated(self) -> None:
+        for table in self._tables.values():
+            table.owner.updated()
+
+    def flush(self) -> None:
+        for table in self._tables.values():
+            table.owner.flush()
+
+    def measures(self) -> dict[str, float]:
+        exchange, measures = self._exchange, {}
+        if exchange.bytes_needed:
+            measures["tables/bytes_sent"] = float(exchange.bytes_sent)
+            measures["tables/bytes_over_needed"] = exchange.bytes_sent / exchange.bytes_needed
+        owned = [table.owner.measures() for table in self._tables.values()]
+        return measures | {key: sum(each[key] for each in owned) / len(owned) for key in (owned[0] if owned else {})}
+
+
+class OwnRows(RowTable):
+    """`RowOwner` of the rows `own` of a table of `num_rows`, all of them on the device."""
+
+    def __init__(self, num_rows: int, head_dim: int, *, dtype: torch.dtype, own: range) -> None:
+        super().__init__(len(own), head_dim, dtype=dtype)
+        self._whole = num_rows
+        self.own = own
+
+    @torch.no_grad()
+    def draw_rows(self, std: float) -> None:
+        for first, rows in initial_rows(self._whole, self.weight.shape[1], std, self.weight.dtype, self.own):
+            self.weight[first - self.own.start : first - self.own.start + len(rows)] = rows
+
+
+def part_of(num_rows: int, own: range, world: World) -> TablePart:
+    """What updates of a rank's own rows must know of the whole table."""
+
+    def largest(tensor: Tensor) -> Tensor:
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return tensor
+
+    return TablePart(lambda ids: ids + own.start, num_rows, world.sum, largest if world.size > 1 else lambda each: each)

@@ -1,0 +1,231 @@
+"""A table larger than the device: a cache of rows there, with what the optimizer keeps for each; all rows in a store.
+
+Rows that a step lacks are read from the store and take the places of those used longest ago, which are written back
+where they were moved. One thread does both, in the order in which it is asked to: who reads a row after it was written
+back reads what was written.
+
+Legend: R rows of the table, C slots of the cache, U distinct rows of a step, D width of a row.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engram.config import UserError
+from engram.memory.initial_rows import initial_rows
+from engram.memory.row_store import FileStore, HostStore
+
+WEIGHT = "weight"
+
+
+class _Fetched(NamedTuple):
+    """Rows that are on their way from the store: their numbers [N], ascending, and their values."""
+
+    ids: Tensor
+    values: Future[dict[str, Tensor]]
+
+
+class CachedRows:
+    """`RowOwner` of the rows `own` of a table of `num_rows`, numbered from the first of them on.
+
+    `weight` [C, D] is the cache: slots, not rows, are what optimizers see; `slot_rows` tells which row is in which.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        own: range,
+        slots: int,
+        store: HostStore | FileStore,
+        name: str,
+    ) -> None:
+        """`name`: of the parameter, for messages and files. Raises UserError: the store has no room."""
+        self.num_rows = num_rows
+        self.own = own
+        self.name = name
+        slots = min(slots, len(own))
+        self.weight = nn.Parameter(torch.zeros(slots, width, dtype=dtype))
+        self._store = store
+        # Of each: the whole [R, ...], and the part on the device [C, ...].
+        self.stored = {WEIGHT: store.allocate(name, (len(own), width), dtype)}
+        self._states: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, "table rows")
+        self._writing: list[Future[None]] = []
+        self._fetched: _Fetched | None = None
+        self._step = 0
+        self._hits = self._asked = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        slots = len(self.weight)
+        # -1: the slot is free.
+        self.slot_rows = torch.full((slots,), -1)
+        self._used = torch.zeros(slots, dtype=torch.int64)
+        self._moved = torch.zeros(slots, dtype=torch.bool)
+        # Resident rows in ascending order, and the slot of each.
+        self._rows = torch.empty(0, dtype=torch.int64)
+        self._slots = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def dense_gradients(self) -> bool:
+        return False
+
+    @dense_gradients.setter
+    def dense_gradients(self, dense: bool) -> None:
+        assert not dense, "settings that move all rows at every step are refused before"
+
+    def draw_rows(self, std: float) -> None:
+        """The store's rows are N(0, std), as in a table that is drawn at once."""
+        weight = self.stored[WEIGHT]
+        for first, rows in initial_rows(self.num_rows, weight.shape[1], std, weight.dtype, self.own):
+            weight[first - self.own.start : first - self.own.start + len(rows)] = rows
+        self._forget()
+
+    def bind(self, states: Mapping[str, Tensor]) -> None:
+        """`states` [C, ...], zero so far, are the optimizer's: they travel with the rows of their slots."""
+        self._states = dict(states)
+        for name, cached in states.items():
+            shape = (len(self.own), *cached.shape[1:])
+            self.stored[name] = self._store.allocate(f"{self.name}.{name}", shape, cached.dtype)
+
+    # ------------------------------------------------------------------------------------------- RowOwner (staging.py)
+
+    def prefetch(self, ids: Tensor) -> None:
+        # Rows that are resident may be moved until they are asked for; these are not.
+        missing = self._missing(ids.cpu())
+        self._fetched = _Fetched(missing, self._thread.submit(self._load, missing))
+
+    def ensure(self, ids: Tensor) -> None:
+        """Raises UserError: more rows than the cache has slots."""
+        ids = ids.cpu()
+        if len(ids) > len(self.weight):
+            raise UserError(
+                f"train.tables.cache_rows is {len(self.weight):,}, but one step reads {len(ids):,} rows of "
+                f"{self.name}: raise it, or lower train.batch_size or data.sequence_length"
+            )
+        self._raise_errors()
+        self._step += 1
+        missing = self._missing(ids)
+        self._hits, self._asked = len(ids) - len(missing), len(ids)
+        self._used[self._slots_of(ids)] = self._step
+        if len(missing):
+            slots = self._make_room(len(missing))
+            self._fill(slots, missing)
+        self._fetched = None
+
+    def read(self, ids: Tensor) -> Tensor:
+        return self.weight.detach().index_select(0, self._slots_of(ids.cpu()).to(self.weight.device))
+
+    def accumulate(self, ids: Tensor, gradient: Tensor) -> None:
+        """The gradient's entries are in the order of rows, not of slots: sums over them are those of a whole table."""
+        assert self.weight.grad is None
+        slots = self._slots_of(ids.cpu())
+        self._moved[slots] = True
+        gradient = gradient.to(self.weight.grad_dtype or self.weight.dtype)
+        self.weight.grad = torch.sparse_coo_tensor(
+            slots[None].to(gradient.device), gradient, self.weight.shape, is_coalesced=True, check_invariants=False
+        )
+
+    def updated(self) -> None:
+        """Rows are written back when they lose their slots, or at `flush`."""
+
+    def flush(self) -> None:
+        slots = self._moved.nonzero().squeeze(1)
+        self._write_back(slots)
+        self._moved[slots] = False
+        for write in self._writing:
+            write.result()
+        self._writing.clear()
+
+    def measures(self) -> dict[str, float]:
+        return {"tables/hit_rate": self._hits / self._asked if self._asked else 1.0}
+
+    def row_ids(self, slots: Tensor) -> Tensor:
+        """Numbers of the slots' rows in the whole table."""
+        return (self.slot_rows[slots.cpu()] + self.own.start).to(slots.device)
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def load(self, name: str, first: int, rows: Tensor) -> None:
+        """Take over stored rows from `first` on; the cache starts anew."""
+        self.stored[name][first : first + len(rows)] = rows
+        self._forget()
+
+    # --------------------------------------------------------------------------------------------------------- inside
+
+    def _cached(self) -> dict[str, Tensor]:
+        """The part of each stored tensor that is on the device."""
+        return {WEIGHT: self.weight.detach(), **self._states}
+
+    def _missing(self, ids: Tensor) -> Tensor:
+        return ids[~_found(ids, self._rows)[1]]
+
+    def _slots_of(self, ids: Tensor) -> Tensor:
+        """Slots of those of the rows that are resident, in their order."""
+        places, found = _found(ids, self._rows)
+        return self._slots[places[found]]
+
+    def _make_room(self, count: int) -> Tensor:
+        """The `count` slots used longest ago, none of them in this step; what was moved there is written back."""
+        slots = self._used.topk(count, largest=False).indices
+        self._write_back(slots[self._moved[slots]])
+        self._moved[slots] = False
+        self.slot_rows[slots] = -1
+        return slots
+
+    def _fill(self, slots: Tensor, rows: Tensor) -> None:
+        """Bring stored rows into free slots."""
+        fetched = self._fetched
+        places, early = _found(rows, fetched.ids if fetched else rows[:0])
+        # The thread writes what was moved before it reads this.
+        late = self._thread.submit(self._load, rows[~early]) if not early.all() else None
+        if fetched is not None and early.any():
+            values = fetched.values.result()
+            self._put(slots[early], {name: each[places[early]] for name, each in values.items()})
+        if late is not None:
+            self._put(slots[~early], late.result())
+        self.slot_rows[slots] = rows
+        self._used[slots] = self._step
+        self._slots = (self.slot_rows >= 0).nonzero().squeeze(1)
+        self._rows, order = self.slot_rows[self._slots].sort()
+        self._slots = self._slots[order]
+
+    @torch.no_grad()
+    def _put(self, slots: Tensor, values: Mapping[str, Tensor]) -> None:
+        for name, cached in self._cached().items():
+            cached.index_copy_(0, slots.to(cached.device), values[name].to(cached.device))
+
+    def _load(self, rows: Tensor) -> dict[str, Tensor]:
+        return {name: stored.index_select(0, rows) for name, stored in self.stored.items()}
+
+    @torch.no_grad()
+    def _write_back(self, slots: Tensor) -> None:
+        if not len(slots):
+            return
+        rows = self.slot_rows[slots]
+        values = {name: each.index_select(0, slots.to(each.device)).cpu() for name, each in self._cached().items()}
+        self._writing = [write for write in self._writing if not write.done() or write.exception()]
+        self._writing.append(self._thread.submit(self._save, rows, values))
+
+    def _save(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+        for name, stored in self.stored.items():
+            stored.index_copy_(0, rows, values[name])
+
+    def _raise_errors(self) -> None:
+        for write in self._writing:
+            if write.done():
+                write.result()
+
+
+def _found(ids: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each of `ids` stands in ascending `among`, and whether it does at all."""
+    if not len(among):
+        return torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
+    places = torch.searchsorted(among, ids).clamp_(max=len(among) - 1)
+    return places, among[places] == ids

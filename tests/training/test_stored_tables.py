@@ -1,0 +1,104 @@
+"""Tables beyond the device in one process: the very course of a run that holds them whole."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engram.config import Config, ConfigError, UserError
+from engram.training.checkpoint import open_checkpoint
+from engram.training.metrics import read_metrics
+from engram.training.trainer import Exit, Trainer
+
+MakeConfig = Callable[..., Config]
+
+# The two tables have some 1,400 rows each; a step of 128 tokens reads about 500 of each.
+CACHE = 700
+
+
+def settings(tier: str | None, kind: str = "row_adam", dtype: str = "float32", **train: Any) -> dict[str, Any]:
+    return {
+        "model": {"memory": {"table_dtype": dtype, "rows_per_head": 211, "layer_ids": [0, 1]}},
+        "optim": {"table": {"kind": kind}, "clip_norm": 0.5},
+        "train": {"tables": tier and {"tier": tier, "cache_rows": CACHE}, **train},
+    }
+
+
+def course(config: Config) -> list[dict[str, Any]]:
+    lines = copy.deepcopy(read_metrics(Path(config.run_dir) / "metrics.jsonl"))
+    return [{key: line.get(key) for key in ("step", "loss", "grad_norm", "val_loss")} for line in lines]
+
+
+def assert_same_state(one: Config, other: Config) -> None:
+    for kind in ("model", "optim"):
+        ours, theirs = (open_checkpoint(each.run_dir).tensors(kind) for each in (one, other))
+        assert ours.shapes() == theirs.shapes()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("tier", ["host", "file"])
+@pytest.mark.parametrize(("kind", "dtype"), [("row_adam", "float32"), ("rowwise_adagrad", "bfloat16")])
+def test_a_cached_table_trains_as_a_whole_one(make_config: MakeConfig, tier: str, kind: str, dtype: str) -> None:
+    # Micro-batches read parts of what a step staged; evaluations of three rows stage other rows in between.
+    whole, cached = (
+        make_config(name, **settings(which, kind, dtype, micro_batch_size=2, eval_every=2), eval={"batch_size": 3})
+        for name, which in (("whole", None), ("cached", tier))
+    )
+    for config in (whole, cached):
+        assert Trainer(config).fit() is Exit.DONE
+    assert course(whole) == course(cached)
+    assert_same_state(whole, cached)
+    rates = [line["tables/hit_rate"] for line in read_metrics(Path(cached.run_dir) / "metrics.jsonl")]
+    # Nothing is there at first; later, some rows of earlier steps still are.
+    assert rates[0] == 0 and 0.05 < min(rates[1:]) < max(rates) < 1
+
+
+def test_a_run_goes_on_in_another_tier(make_config: MakeConfig) -> None:
+    whole = make_config("whole", **settings(None))
+    assert Trainer(whole).fit() is Exit.DONE
+    for tier, stop in (("host", 3), (None, 6), ("file", None)):
+        moving = make_config("moving", **settings(tier, stop_after=stop))
+        assert Trainer(moving).fit() is Exit.DONE
+    assert course(whole) == course(moving)
+    assert_same_state(whole, moving)
+
+
+def test_a_step_larger_than_the_cache_is_an_error(make_config: MakeConfig) -> None:
+    changes = settings("host")
+    changes["train"]["tables"]["cache_rows"] = 40
+    with pytest.raises(UserError, match=r"cache_rows is 40, but one step .* raise it, or lower train.batch_size"):
+        Trainer(make_config(**changes)).fit()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (settings("host", "sinkhorn"), "optim.table.kind sinkhorn moves all of them at every step: choose row_adam"),
+        (settings("file", "dense_adam"), "optim.table.kind dense_adam moves all of them"),
+        (settings("host") | {"model": {"memory": None}}, "train.tables is set, but the model has no memory tables"),
+    ],
+)
+def test_settings_that_do_not_go_together(make_config: MakeConfig, changes: dict[str, Any], complaint: str) -> None:
+    config = make_config(**changes)
+    with pytest.raises(ConfigError, match=complaint):
+        Trainer(config).fit()
+    assert not list(Path(config.run_dir).glob("step_*"))
+
+
+def test_files_leave_nothing_behind(make_config: MakeConfig, tmp_path: Path) -> None:
+    changes = settings("file", stop_after=2)
+    changes["train"]["tables"]["folder"] = str(tmp_path / "rows")
+    assert Trainer(make_config(**changes)).fit() is Exit.DONE
+    assert [path for path in (tmp_path / "rows").rglob("*") if path.is_file()] == []
+
+
+def test_a_folder_that_cannot_be_written(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text(json.dumps("mine"))
+    changes = settings("file")
+    changes["train"]["tables"]["folder"] = str(tmp_path / "rows")
+    with pytest.raises(UserError, match=r"train.tables: .*rows cannot hold .* GB .*choose another"):
+        Trainer(make_config(**changes)).fit()
