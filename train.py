@@ -5,12 +5,15 @@ import os
 import signal
 import sys
 
+from engram.distributed.dry_run import add_options, dry_run
+
 EPILOG = """\
 examples:
   python train.py configs/quickstart.yaml
   python train.py configs/quickstart.yaml train.steps=50 optim.lr=0.002 run_dir=runs/short
   python train.py configs/quickstart.yaml model.memory=null run_dir=runs/without_memory
   torchrun --nproc-per-node 8 train.py configs/quickstart.yaml distributed.zero_stage=2
+  python train.py configs/cluster/engram_27b.yaml --dry-run --ranks 64
 
 A second call on the same run_dir goes on from its latest checkpoint; Ctrl-C saves one first.
 
@@ -36,7 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     # What `deepspeed` tells besides the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    add_options(parser)
+    # Overrides may stand behind options.
+    options = parser.parse_intermixed_args(arguments)
+    if options.dry_run:
+        return dry_run(options)
     # SIGTERM stops as Ctrl-C does, from the imports on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -7,7 +7,6 @@ Legend: T tokens of this rank, D hidden, K experts per token, E experts, F exper
 sent, one for each token and each rank with any of its experts; N rows received; C choices of experts that are here.
 """
 
-import math
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
-from engram.config import ModelConfig, UserError
+from engram.distributed.plan import check_expert_ranks
 from engram.distributed.row_copies import Copies, copy_rows, exchange_rows, sum_copies
 from engram.distributed.world import World
 from engram.kernels.moe_experts import moe_experts
@@ -93,23 +92,6 @@ class ShardedExperts(Experts):
         sent, received = [rows for rows, _ in own], [rows for rows, _ in others]
         copies = Copies.of(rank_TK.masked_fill(again_TK, self.groups.size), sum(sent), most=self.groups.size)
         return sent, received, copies, sum(choices for _, choices in others)
-
-
-def check_expert_ranks(model: ModelConfig, expert_ranks: int, world_size: int) -> None:
-    """Raises UserError where the experts or the ranks cannot be divided so."""
-    if expert_ranks == 1:
-        return
-    setting = f"distributed.expert_ranks is {expert_ranks}"
-    if model.moe is None:
-        raise UserError(f"{setting}, but the model has no experts (model.moe is null): set it to 1")
-    experts = model.moe.num_experts
-    most = math.gcd(experts, world_size)
-    if most % expert_ranks:
-        fit = ", ".join(str(ranks) for ranks in range(1, most + 1) if most % ranks == 0)
-        raise UserError(
-            f"{setting}, but it must divide both model.moe.num_experts {experts} and the number of ranks "
-            f"{world_size}: choose one of {fit}"
-        )
 
 
 def shard_experts(model: Transformer, world: World, expert_ranks: int, timeout_seconds: int = 600) -> None:

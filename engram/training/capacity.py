@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from engram.config import Config, UserError
-from engram.model.accounting import count_bytes
+from engram.distributed.accounting import held_by
+from engram.distributed.plan import Plan
 
 # CPUs that are out of memory raise a plain RuntimeError, and so do some of CUDA's libraries.
 _COMPLAINTS = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
@@ -18,35 +19,54 @@ _VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
-@contextlib.contextmanager
-def enough_memory(config: Config, device: torch.device) -> Iterator[None]:
-    """Around what allocates weights and optimizer state. Raises UserError where they do not fit into free memory."""
-    needed = count_bytes(config.model, config.optim, config.tokens_per_step).total
+def check_memory(plan: Plan, rank: int, neighbours: int, device: torch.device) -> str:
+    """Raises UserError where weights, optimizer state and the least that a step takes do not fit into free memory.
+
+    Returns how much that is, as the beginning of a message.
+
+    `neighbours`: ranks on this machine, this one included, which on CPU share its memory.
+    """
+    held = held_by(plan, rank)
+    needed = sum(each.parameters + each.gradients + each.state for each in held)
+    host = sum(each.host for each in held)
+    if device.type == "cpu":
+        needed, host = (needed + host) * neighbours, 0
     free = free_memory(device)
-    advice = "lower model.hidden_size, model.num_layers, the number of experts or the rows_per_head of the tables"
-    message = f"the run needs {needed / 2**30:,.1f} GiB for weights, gradients and optimizer state"
+    who = f"the {neighbours} ranks of this machine need" if neighbours > 1 and device.type == "cpu" else "the run needs"
+    message = f"{who} {_gib(needed)} for weights, gradients and optimizer state"
     if free is not None and needed > free:
-        raise UserError(f"{message}, but only {free / 2**30:,.1f} GiB are free on {device.type}: {advice}")
-    step = least_step_bytes(config)
+        raise UserError(f"{message}, but only {_gib(free)} are free on {device.type}: {SMALLER}")
+    step = least_step_bytes(plan)
     if free is not None and needed + step > free:
         raise UserError(
-            f"{message}, and {step / 2**30:,.1f} GiB or more for a training step, but only {free / 2**30:,.1f} GiB are "
-            f"free on {device.type}: lower {_smaller_step(config)}"
+            f"{message}, and {_gib(step)} or more for a training step, but only {_gib(free)} are free on "
+            f"{device.type}: lower {_smaller_step(plan.config)}"
         )
-    with explain_out_of_memory(f"{message}, and the {device.type} ran out of memory: {advice}"):
-        yield
+    free = free_memory(torch.device("cpu"))
+    if free is not None and host * neighbours > free:
+        raise UserError(
+            f"the run keeps {_gib(host * neighbours)} of table rows and optimizer state in host memory, but only "
+            f"{_gib(free)} are free: set train.tables.tier to file, or divide the tables among more machines"
+        )
+    return message
 
 
-def least_step_bytes(config: Config) -> int:
+SMALLER = "lower model.hidden_size, model.num_layers, the number of experts or the rows_per_head of the tables"
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.1f} GiB"
+
+
+def least_step_bytes(plan: Plan) -> int:
     """Bytes that a training step takes at the very least: its token ids, and the streams that each block starts from.
 
     What blocks keep inside comes on top, so that a step which fits into this may still run out of memory.
     """
-    model, train = config.model, config.train
+    model, train = plan.config.model, plan.config.train
     streams = model.num_layers * model.hc_mult * model.hidden_size * getattr(torch, train.dtype).itemsize
-    tokens_at_once = (train.micro_batch_size or train.batch_size) * config.data.sequence_length
     # Tokens, targets and document ids.
-    return 3 * torch.int64.itemsize * config.tokens_per_step + tokens_at_once * streams
+    return 3 * torch.int64.itemsize * plan.tokens + plan.tokens // plan.micro_batches * streams
 
 
 def _smaller_step(config: Config) -> str:

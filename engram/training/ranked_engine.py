@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from engram.config import Config, ConfigError, DistributedConfig
+from engram.config import Config
 from engram.distributed.deepspeed import Backbone
 from engram.distributed.expert_parallel import shard_experts, sum_router_loads
 from engram.distributed.replicated_tables import sum_table_gradients
@@ -29,7 +29,7 @@ from engram.training.tensor_files import bounded_files
 
 
 class RankedEngine:
-    """`Engine` on all ranks of a world. Raises ConfigError for settings that do not go together."""
+    """`Engine` on all ranks of a world."""
 
     def __init__(
         self, model: Transformer, config: Config, device: torch.device, world: World, stored: StoredTables
@@ -39,7 +39,8 @@ class RankedEngine:
         self.config = config
         self.device = device
         self.world = world
-        settings = _check(config, world)
+        assert config.distributed is not None
+        settings = config.distributed
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()} | stored.shapes()
         shard_experts(model, world, settings.expert_ranks, settings.timeout_seconds)
         assignments = assign_roles(model.named_parameters(), config.optim, parts=stored.parts())
@@ -194,25 +195,3 @@ class RankedEngine:
         tables.load_tensors(saved.only(tables.tensors().keys().__contains__), apart=self._stored.owns)
         self._stored.load("optim", saved)
         tables.load_scalars({key: counts[key] for key in tables.scalars() if key in counts})
-
-
-def _check(config: Config, world: World) -> DistributedConfig:
-    """The settings, where they go together. Raises ConfigError."""
-    settings, train = config.distributed, config.train
-    assert settings is not None
-    if train.batch_size % world.size:
-        raise ConfigError(
-            f"train.batch_size {train.batch_size} cannot be shared equally by {world.size} ranks: make it a multiple "
-            f"of {world.size}"
-        )
-    share = train.batch_size // world.size
-    if train.micro_batch_size and share % train.micro_batch_size:
-        raise ConfigError(
-            f"train.micro_batch_size {train.micro_batch_size} does not divide the {share} sequences of one of "
-            f"{world.size} ranks: lower it to a divisor of {share}"
-        )
-    if settings.zero_stage == 3:
-        for name in ("statistics_every", "compile"):
-            if getattr(train, name):
-                raise ConfigError(f"train.{name} needs distributed.zero_stage 0, 1 or 2: stage 3 divides the layers")
-    return settings

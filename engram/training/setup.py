@@ -16,13 +16,14 @@ from engram.data.prepare import prepare
 from engram.data.settings import check_settings, content_settings
 from engram.data.shards import Dataset, verify_folder
 from engram.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from engram.distributed.plan import Plan
 from engram.distributed.world import World
 from engram.memory.staged_table import StagedTable
 from engram.memory.table import RowTable
 from engram.memory.vocabulary import VocabularyMap
 from engram.model.transformer import Transformer
 from engram.optim.optimizer import build_optimizer
-from engram.training.capacity import enough_memory
+from engram.training.capacity import SMALLER, check_memory, explain_out_of_memory
 from engram.training.engine import Engine, LocalEngine
 from engram.training.provenance import cpu_name
 from engram.training.staged import StagedRows
@@ -93,10 +94,15 @@ def build_model(
     return model.train()
 
 
-def build_engine(config: Config, data: RunData, device: torch.device, world: World) -> Engine:
-    """The model with its optimizer, on this process or on all ranks. Raises UserError: memory, roles, an odd plan."""
-    stored = StoredTables(config, world, device)
-    with enough_memory(config, device):
+def build_engine(plan: Plan, data: RunData, device: torch.device, world: World) -> Engine:
+    """The model with its optimizer, on this process or on all ranks. Raises UserError: memory, roles."""
+    config = plan.config
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1
+    # All look before any of them takes.
+    with world.together():
+        needed = check_memory(plan, world.rank, neighbours, device)
+    with explain_out_of_memory(f"{needed}, and the {device.type} ran out of memory: {SMALLER}"):
+        stored = StoredTables(config, world, device)
         model = build_model(config, data.tokenizer, device, stored.make)
         if config.distributed is not None:
             # It brings DeepSpeed, which takes seconds to import.

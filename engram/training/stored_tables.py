@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engram.config import Config, ConfigError
+from engram.config import Config
 from engram.distributed.row_ranges import row_ranges, table_owners
 from engram.distributed.table_parallel import DividedTables, OwnRows, part_of
 from engram.distributed.world import World
@@ -30,11 +30,10 @@ class StoredTables:
     """What stands behind a model's memory tables; nothing where each is whole and on the device."""
 
     def __init__(self, config: Config, world: World, device: torch.device) -> None:
-        """Raises ConfigError: settings that do not go together."""
+        """`config` is that of a Plan: its settings go together."""
         self._config = config
         self._world = world
         self._device = device
-        _check(config, world)
         dividing = config.distributed.table_ranks if config.distributed else None
         self._owners = table_owners(dividing, world.size) if dividing is not None else 1
         self.divided = dividing is not None
@@ -159,24 +158,3 @@ def _name(layer: int) -> str:
 def _within(key: str) -> str:
     """What an owner calls the tensor that checkpoints name `key`."""
     return key.rpartition("/")[2] if "/" in key else WEIGHT
-
-
-def _check(config: Config, world: World) -> None:
-    stored, dividing = config.train.tables, config.distributed and config.distributed.table_ranks
-    if (stored is not None or dividing is not None) and config.model.memory is None:
-        setting = "train.tables" if stored is not None else "distributed.table_ranks"
-        raise ConfigError(
-            f"{setting} is set, but the model has no memory tables (model.memory is null): leave it at null"
-        )
-    if stored is None:
-        return
-    if config.optim.table.kind in ("sinkhorn", "dense_adam"):
-        raise ConfigError(
-            f"train.tables keeps most rows off the device, but optim.table.kind {config.optim.table.kind} moves all of "
-            "them at every step: choose row_adam or rowwise_adagrad, or leave train.tables at null"
-        )
-    if world.size > 1 and dividing is None:
-        raise ConfigError(
-            f"train.tables with {world.size} ranks: divide the tables among them (distributed.table_ranks: all), else "
-            "each rank would keep a copy of all rows in step with the others'"
-        )

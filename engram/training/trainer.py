@@ -12,6 +12,9 @@ from typing import Any
 from engram.config import Config, UserError
 from engram.data.errors import DataError
 from engram.data.loader import Batch, Loader, validation_batches
+from engram.distributed.dry_run import describe
+from engram.distributed.machine import Machine
+from engram.distributed.plan import make_plan
 from engram.distributed.world import SINGLE, World
 from engram.model.accounting import count_parameters
 from engram.model.device import choose_device
@@ -116,12 +119,15 @@ class Trainer:
 
     def _build(self) -> RunState:
         config, world = self.config, self.world
+        plan = make_plan(config, world.size)
         configure_process(config.train)
         device = choose_device(config.train.device, "train.device")
         # One prepares what the others then find.
         data = world.in_turn(lambda: open_data(config, self.console.terminal))
         random_state.seed_all(config.seed)
-        engine = build_engine(config, data, device, world)
+        engine = build_engine(plan, data, device, world)
+        if config.distributed is not None or config.train.tables is not None:
+            logger.info("plan:\n%s", describe(plan, Machine()), extra=LOG_FILE_ONLY)
         loader = Loader(
             data.training,
             config.data.sequence_length,

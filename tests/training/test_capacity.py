@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from engram.config import UserError
+from engram.distributed.accounting import held_by
+from engram.distributed.plan import make_plan
 from engram.training import capacity
-from engram.training.capacity import container_memory, explain_out_of_memory, free_memory
+from engram.training.capacity import (
+    check_memory,
+    container_memory,
+    explain_out_of_memory,
+    free_memory,
+    least_step_bytes,
+)
+from tests.distributed.plans import tiny
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -119,3 +128,36 @@ def test_other_errors_pass(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised, explain_out_of_memory("buy more"):
         raise error
     assert raised.value is error
+
+
+# ---------------------------------------------------------------------------------------------------------------- plans
+
+
+def test_what_ranks_of_one_machine_hold_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(tiny(distributed={"zero_stage": 0}), 2)
+    held = sum(each.parameters + each.gradients + each.state for each in held_by(plan, 0))
+    step = least_step_bytes(plan)
+    free = 2 * held + step
+    monkeypatch.setattr(capacity, "free_memory", lambda _: free)
+    assert check_memory(plan, 0, 2, CPU).startswith("the 2 ranks of this machine need 0.0 GiB for weights")
+    # One more rank, or one byte less: it does not fit.
+    with pytest.raises(UserError, match=r"the 3 ranks of this machine need .* only .* are free on cpu: lower model"):
+        check_memory(plan, 0, 3, CPU)
+    free -= 1
+    with pytest.raises(UserError, match=r"for a training step, but only .* lower train.micro_batch_size"):
+        check_memory(plan, 0, 2, CPU)
+
+
+def test_rows_in_host_memory_count_and_rows_in_files_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = {
+        tier: make_plan(tiny(distributed=None, train={"tables": {"tier": tier, "cache_rows": 500}}), 1)
+        for tier in ("host", "file")
+    }
+    held = {tier: held_by(plan, 0) for tier, plan in plans.items()}
+    device = sum(each.parameters + each.gradients + each.state for each in held["file"])
+    rows = sum(each.host for each in held["host"])
+    assert rows == sum(each.file for each in held["file"]) > 0
+    monkeypatch.setattr(capacity, "free_memory", lambda _: device + least_step_bytes(plans["file"]))
+    check_memory(plans["file"], 0, 1, CPU)
+    with pytest.raises(UserError, match="the run needs"):
+        check_memory(plans["host"], 0, 1, CPU)

@@ -21,8 +21,8 @@ TABLES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     # distributed, train.tables
     "on each rank": ({}, None),
     "divided": ({"table_ranks": "all"}, None),
-    "divided, in host memory": ({"table_ranks": "all"}, {"tier": "host", "cache_rows": 1000}),
-    "divided, in files": ({"table_ranks": 1}, {"tier": "file", "cache_rows": 1000}),
+    "divided, in host memory": ({"table_ranks": "all"}, {"tier": "host", "cache_rows": 1536}),
+    "divided, in files": ({"table_ranks": 1}, {"tier": "file", "cache_rows": 1536}),
 }
 EXPERTS = (1, 2)
 # Every pair of a stage and a kind of tables; every pair of either with a division of experts.
@@ -39,9 +39,10 @@ def config_of(make_config: MakeConfig, name: str, steps: int, **changes: Any) ->
         name,
         # Without a token near a tie between experts in the first steps.
         seed=6,
-        model={"moe": {"num_experts": 6}, "memory": {"rows_per_head": 211}},
+        model={"moe": {"num_experts": 6}, "memory": {"rows_per_head": 611}},
         optim={"clip_norm": 0.5, "eps": 1e-3, "muon": {"newton_schulz_dtype": "float32"}},
         train={"batch_size": 8, "steps": steps, "checkpoint_every": steps, "eval_every": steps, "tables": tables},
+        eval={"batch_size": 8},
         distributed=distributed,
     )
 
