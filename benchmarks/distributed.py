@@ -56,7 +56,7 @@ class Contender:
 def contenders(ranks: list[int]) -> Iterator[Contender]:
     yield Contender("one process", 1)
     for tier in ("host", "file"):
-        stored = f"train.tables={{tier: {tier}, cache_rows: 16384}}"
+        stored = f"train.tables={{tier: {tier}, cache_rows: 32768}}"
         yield Contender(f"one process, tables in {tier}", 1, (stored,), against="one process")
     for count in ranks:
         whole = f"{count} ranks, tables on each"
