@@ -115,7 +115,8 @@ def train(run_dir: Path, contender: Contender, steps: int) -> list[dict[str, Any
     shutil.rmtree(run_dir, ignore_errors=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(contender.ranks)]
     quiet = [
-        f"train={{steps: {steps}, checkpoint_every: {steps}, eval_every: {steps}, log_every: {WARMUP}}}",
+        *(f"train.{key}={steps}" for key in ("steps", "checkpoint_every", "eval_every")),
+        f"train.log_every={WARMUP}",
         "train.compile=false",
         "train.statistics_every=null",
         "train.threads=1",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -10,7 +11,7 @@ from engram.data.shards import Dataset
 from engram.data.tokenizer import Tokenizer, check_vocabulary
 from engram.model.device import choose_device
 from engram.model.transformer import Transformer
-from engram.training.checkpoint import open_checkpoint
+from engram.training.checkpoint import model_of, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,16 @@ class Loaded:
         return self.tokenizer.decode([*prompt, *kept]).removeprefix(self.tokenizer.decode(prompt))
 
 
-def load(path: str | Path, device: str = "auto", dtype: str = "float32", threads: int | None = None) -> Loaded:
+def load(
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "float32",
+    threads: int | None = None,
+    tables: Literal["memory", "file"] = "memory",
+) -> Loaded:
     """Load a checkpoint, or the latest of a run folder. `threads`: of the CPU; None: as many as in training.
+
+    `tables`: rows of memory layers in memory, or left in the checkpoint's files and read as they are asked for.
 
     Raises UserError: no checkpoint, damaged, another tokenizer, no such device.
     """
@@ -52,12 +61,11 @@ def load(path: str | Path, device: str = "auto", dtype: str = "float32", threads
     threads = threads or checkpoint.config.train.threads
     if threads is not None:
         torch.set_num_threads(threads)
-    model = Transformer(checkpoint.config.model, checkpoint.vocabulary())
-    checkpoint.fill(model)
+    model = model_of(checkpoint, tables)
     model.compute_dtype = getattr(torch, dtype)
     tokenizer = checkpoint.tokenizer()
     check_vocabulary(tokenizer, checkpoint.config.model.vocab_size, str(checkpoint.folder))
-    model = model.eval().to(choose_device(device, "--device"))
+    model = model.to(choose_device(device, "--device"))
     return Loaded(checkpoint.folder, model, tokenizer, checkpoint.config, int(checkpoint.state["step"]))
 
 

@@ -12,6 +12,7 @@ from engram.config import MemoryConfig
 from engram.kernels.engram_gate_conv import engram_gate_conv
 from engram.memory.conv import ShortConv
 from engram.memory.gate import keys_and_value
+from engram.memory.mapped_table import MappedTable
 from engram.memory.staged_table import StagedTable
 from engram.memory.table import RowTable
 
@@ -31,7 +32,7 @@ class Engram(nn.Module):
         hidden_size: int,
         hc_mult: int,
         num_rows: int,
-        table: Callable[..., RowTable | StagedTable] = RowTable,
+        table: Callable[..., RowTable | StagedTable | MappedTable] = RowTable,
     ) -> None:
         """`table` makes what holds the rows, of RowTable's arguments."""
         super().__init__()

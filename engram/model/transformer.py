@@ -18,6 +18,7 @@ from engram.config import ModelConfig, NgramConfig, UserError
 from engram.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, token_cross_entropy
 from engram.memory.engram import Engram
 from engram.memory.hashing import NgramHash
+from engram.memory.mapped_table import MappedTable
 from engram.memory.over_encoding import OverEncoding
 from engram.memory.staged_table import StagedTable
 from engram.memory.table import RowTable
@@ -36,7 +37,11 @@ class Block(nn.Module):
     """Memory, attention and feed-forward, each added to the residual streams."""
 
     def __init__(
-        self, config: ModelConfig, layer_id: int, num_rows: int | None, table: Callable[..., RowTable | StagedTable]
+        self,
+        config: ModelConfig,
+        layer_id: int,
+        num_rows: int | None,
+        table: Callable[..., RowTable | StagedTable | MappedTable],
     ) -> None:
         super().__init__()
         single = config.memory is not None and config.memory.fusion == "single"
@@ -147,7 +152,7 @@ class Transformer(nn.Module):
         self,
         model: ModelConfig,
         vocabulary: VocabularyMap | None = None,
-        table: Callable[..., RowTable | StagedTable] = RowTable,
+        table: Callable[..., RowTable | StagedTable | MappedTable] = RowTable,
     ) -> None:
         super().__init__()
         self.config = model

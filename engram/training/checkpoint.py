@@ -7,12 +7,13 @@ compared on every load, because a drifted tokenizer or multiplier would silently
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from engram.config import Config
 from engram.data.tokenizer import Tokenizer, load_tokenizer
+from engram.memory.mapped_table import MappedTable
 from engram.memory.vocabulary import VocabularyMap
 from engram.model.transformer import Transformer
 from engram.training.checkpoint_files import (
@@ -27,7 +28,7 @@ from engram.training.checkpoint_files import (
 )
 from engram.training.tensor_files import TensorFiles
 
-__all__ = ["Checkpoint", "CheckpointError", "latest_checkpoint", "load_model", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "latest_checkpoint", "load_model", "model_of", "open_checkpoint"]
 
 # Counts changes of what a checkpoint holds.
 FORMAT = 1
@@ -117,10 +118,25 @@ def load_model(checkpoint_dir: str | Path) -> Transformer:
 
     Raises CheckpointError.
     """
-    checkpoint = open_checkpoint(checkpoint_dir)
-    model = Transformer(checkpoint.config.model, checkpoint.vocabulary())
-    checkpoint.fill(model)
-    return model.eval()
+    return model_of(open_checkpoint(checkpoint_dir))
+
+
+def model_of(checkpoint: Checkpoint, tables: Literal["memory", "file"] = "memory") -> Transformer:
+    """The checkpoint's model in eval mode. `tables`: rows of the memory layers in memory, or left in the files, which
+    must then stay there, and read one by one. Raises CheckpointError.
+    """
+    model, vocabulary = checkpoint.config.model, checkpoint.vocabulary()
+    if tables == "memory" or model.memory is None:
+        built = Transformer(model, vocabulary)
+        checkpoint.fill(built)
+        return built.eval()
+    built = Transformer(model, vocabulary, MappedTable)
+    mapped = {f"{name}.weight": table for name, table in built.named_modules() if isinstance(table, MappedTable)}
+    checkpoint.fill(built, {name: torch.Size((table.num_rows, table.head_dim)) for name, table in mapped.items()})
+    saved = checkpoint.tensors("model")
+    for name, table in mapped.items():
+        table.place(saved.mapped(name))
+    return built.eval()
 
 
 def hash_recipe(model: Transformer) -> dict[str, str]:

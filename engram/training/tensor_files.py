@@ -5,6 +5,8 @@
 any other number wrote.
 """
 
+import json
+import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -120,6 +122,28 @@ class TensorFiles(Mapping[str, Tensor]):
             for row in range(start, end, at_once):
                 upto = min(row + at_once, end)
                 yield row, _read(piece, slice(row - piece.first, upto - piece.first))
+
+    def mapped(self, name: str) -> list[tuple[int, Tensor]]:
+        """(first row, rows) of a tensor's pieces, in order, mapped into memory: read where they are looked at.
+
+        Writing to them changes no file.
+        """
+        return [(piece.first, _map(piece)) for piece in self._stored[name].pieces]
+
+
+def _map(piece: _Piece) -> Tensor:
+    """Bytes of a safetensors file: the length of its header (8), the header, tensors."""
+    with _opened(piece.path) as file:
+        dtype = file.get_slice(piece.key)[:0].dtype
+    with open(piece.path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        start, stop = json.loads(stream.read(length))[piece.key]["data_offsets"]
+        if start == stop:
+            return torch.empty(piece.shape, dtype=dtype)
+        contents = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    contents.madvise(mmap.MADV_RANDOM)
+    count = (stop - start) // dtype.itemsize
+    return torch.frombuffer(contents, dtype=dtype, count=count, offset=8 + length + start).view(piece.shape)
 
 
 def _pieces(path: Path) -> Iterator[tuple[_Piece, str]]:

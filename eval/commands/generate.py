@@ -2,7 +2,7 @@
 
 import argparse
 
-from eval.commands.options import add_checkpoint, add_dtype, count, seed
+from eval.commands.options import add_checkpoint, add_dtype, add_tables, count, seed
 
 HELP = "continue a prompt"
 
@@ -17,13 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="0 to 2**32 - 1 (default 0)")
     parser.add_argument("--samples", type=count, default=1, metavar="N", help="continuations to print (default 1)")
     add_dtype(parser)
+    add_tables(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     from engram.inference.generate import generate
     from eval.loading import load
 
-    loaded = load(options.checkpoint, options.device, options.dtype, options.threads)
+    loaded = load(options.checkpoint, options.device, options.dtype, options.threads, options.tables)
     prompt = loaded.encode(options.prompt)
     rows = generate(
         loaded.model,

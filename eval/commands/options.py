@@ -18,6 +18,15 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
 
 
+def add_tables(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tables",
+        choices=("memory", "file"),
+        default="memory",
+        help="rows of n-gram tables: in memory, or left in the checkpoint's files and read as they are asked for",
+    )
+
+
 def count(text: str) -> int:
     try:
         number = int(text)

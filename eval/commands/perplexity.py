@@ -2,7 +2,7 @@
 
 import argparse
 
-from eval.commands.options import add_checkpoint, add_dtype, count, show
+from eval.commands.options import add_checkpoint, add_dtype, add_tables, count, show
 
 HELP = "loss, perplexity and bits per byte on prepared data"
 
@@ -15,13 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=count, metavar="N", help="default: as in training")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_dtype(parser)
+    add_tables(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     from eval import perplexity
     from eval.loading import check_rows, load, open_split
 
-    loaded = load(options.checkpoint, options.device, options.dtype, options.threads)
+    loaded = load(options.checkpoint, options.device, options.dtype, options.threads, options.tables)
     length, batch_size = options.sequence_length or loaded.config.data.sequence_length, loaded.config.eval.batch_size
     dataset = open_split(options.data or loaded.config.data.path, loaded.tokenizer, options.split)
     check_rows(dataset, length, options.tokens)

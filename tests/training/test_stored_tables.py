@@ -11,7 +11,8 @@ import torch
 
 from engram.config import Config, ConfigError, UserError
 from engram.config_file import merge
-from engram.training.checkpoint import open_checkpoint
+from engram.training import stored_tables, tensor_files
+from engram.training.checkpoint import load_model, model_of, open_checkpoint
 from engram.training.metrics import read_metrics
 from engram.training.trainer import Exit, Trainer
 
@@ -112,3 +113,24 @@ def test_a_folder_that_cannot_be_written(make_config: MakeConfig, tmp_path: Path
     changes["train"]["tables"]["folder"] = str(tmp_path / "rows")
     with pytest.raises(UserError, match=r"train.tables: .*rows cannot hold .* GB .*choose another"):
         Trainer(make_config(**changes)).fit()
+
+
+@pytest.mark.parametrize("tier", [None, "file"])
+def test_a_model_that_leaves_its_tables_in_the_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tier: str | None
+) -> None:
+    # Pieces of 32 rows each, and files of a few of them.
+    monkeypatch.setattr(stored_tables, "SLICE_BYTES", 1024)
+    monkeypatch.setattr(tensor_files, "FILE_BYTES", 40_000)
+    config = make_config(**settings(tier, stop_after=3))
+    assert Trainer(config).fit() is Exit.DONE
+    checkpoint = open_checkpoint(config.run_dir)
+    assert (len(list(checkpoint.folder.glob("model-*.safetensors"))) > 3) == (tier == "file")
+    left, loaded = model_of(checkpoint, "file"), load_model(config.run_dir)
+    names = {name for name, _ in loaded.named_parameters()} - {name for name, _ in left.named_parameters()}
+    assert names == {"blocks.0.memory.embed.weight", "blocks.1.memory.embed.weight"}
+    tokens = torch.randint(0, config.model.vocab_size, (3, 30))
+    documents = torch.arange(30).div(7, rounding_mode="floor").expand(3, 30)
+    with torch.no_grad():
+        assert torch.equal(left(tokens), loaded(tokens))
+        assert torch.equal(left(tokens, documents), loaded(tokens, documents))
