@@ -95,6 +95,10 @@ class OwnRows(RowTable):
         for first, rows in initial_rows(self._whole, self.weight.shape[1], std, self.weight.dtype, self.own):
             self.weight[first - self.own.start : first - self.own.start + len(rows)] = rows
 
+    def read(self, ids: Tensor) -> Tensor:
+        # A rank may own none, and look-ups want a table with rows.
+        return super().read(ids) if len(self.weight) else self.weight.detach()[ids]
+
 
 def part_of(num_rows: int, own: range, world: World) -> TablePart:
     """What updates of a rank's own rows must know of the whole table."""
