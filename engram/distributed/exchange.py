@@ -33,8 +33,8 @@ class RowExchange:
         self._starts = [
             torch.tensor([rows.start for rows in owned] + [owned[-1].stop], device=world.device) for owned in ranges
         ]
-        # Bytes that left this rank in the last step, and those that as many rows must take.
-        self.bytes_sent = self.bytes_needed = 0
+        # Of the last step: bytes that this rank sent to others, and those of them that told how many ids would come.
+        self.bytes_sent = self.bytes_of_counts = 0
 
     def ask(self, ids: Sequence[Tensor], valid: bool) -> tuple[Asked, list[Tensor]] | None:
         """Each table's ids int64 [U], distinct and ascending -> what all ranks ask of this one: [A], by rank.
@@ -47,24 +47,19 @@ class RowExchange:
         # One column more than tables: whether the ids are valid.
         columns = [end.diff() for end in ends] + [torch.full((self.world.size,), int(valid), device=self.world.device)]
         counts_RL = torch.stack(columns, dim=1)
+        self.bytes_sent = 0
         answers_RL = self._all_to_all(counts_RL, [1] * self.world.size, [1] * self.world.size)()
-        wanted, owed = counts_RL.tolist(), answers_RL.tolist()
-        if not all(row.pop() for row in owed):
+        self.bytes_of_counts = self.bytes_sent
+        answers = answers_RL.tolist()
+        if not all(row[-1] for row in answers):
             return None
-        for row in wanted:
-            row.pop()
-        asked = Asked(wanted, owed)
-        parts = self._by_rank(ids, wanted)
-        self.bytes_sent = counts_RL.nbytes
-        self.bytes_needed = 0
-        arrived = self._all_to_all(torch.cat(parts), _sums(wanted), _sums(owed))()
-        self._count(asked.wanted, arrived.itemsize, needed=True)
-        return asked, _by_table(arrived, owed)
+        wanted, owed = ([row[:-1] for row in table] for table in (counts_RL.tolist(), answers))
+        arrived = self._all_to_all(torch.cat(self._by_rank(ids, wanted)), _sums(wanted), _sums(owed))()
+        return Asked(wanted, owed), _by_table(arrived, owed)
 
     def answer(self, asked: Asked, rows: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
         """Each table's rows [A, D], as they were asked for -> what waits for this rank's own [U, D]."""
         parts = torch.cat(self._by_rank(rows, asked.owed))
-        self._count(asked.owed, parts[:1].nbytes or parts.itemsize * parts.shape[1], needed=True)
         wait = self._all_to_all(parts, _sums(asked.owed), _sums(asked.wanted))
         arrived: list[Tensor] = []
 
@@ -79,12 +74,14 @@ class RowExchange:
     def return_gradients(self, asked: Asked, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Each table's gradient [U, D] -> those of the rows that were asked of this rank [A, D], by rank."""
         parts = torch.cat(self._by_rank(gradients, asked.wanted))
-        self._count(asked.wanted, parts.itemsize * parts.shape[1], needed=True)
         return _by_table(self._all_to_all(parts, _sums(asked.wanted), _sums(asked.owed))(), asked.owed)
 
     def _all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Callable[[], Tensor]:
+        """`rows` in parts of `sent` rows, one for each rank -> what waits for parts of `received`, one from each."""
         output = rows.new_empty(sum(received), *rows.shape[1:])
-        work = distributed.all_to_all_single(output, rows.contiguous(), received, sent, async_op=True)
+        # A rank's own rows take no way.
+        self.bytes_sent += (len(rows) - sent[self.world.rank]) * rows.shape[1:].numel() * rows.itemsize
+        work = distributed.all_to_all_single(output, rows, received, sent, async_op=True)
         assert work is not None
 
         def wait() -> Tensor:
@@ -97,12 +94,6 @@ class RowExchange:
         """Parts of all tables, those for the first rank first."""
         parts = [table.split([row[place] for row in counts]) for place, table in enumerate(tables)]
         return [part[rank] for rank in range(self.world.size) for part in parts]
-
-    def _count(self, counts: list[list[int]], nbytes: int, needed: bool) -> None:
-        """What goes to other ranks; a rank's own rows take no way."""
-        others = sum(sum(row) for rank, row in enumerate(counts) if rank != self.world.rank) * nbytes
-        self.bytes_sent += others
-        self.bytes_needed += others * needed
 
 
 def _by_table(rows: Tensor, counts: list[list[int]]) -> list[Tensor]:

@@ -14,16 +14,16 @@ from engram.distributed.world import World
 from engram.kernels.table_update import plan_rows, sum_rows
 from engram.kernels.table_update.part import TablePart
 from engram.memory.initial_rows import initial_rows
-from engram.memory.staged_table import StagedTable, check_rows, distinct
+from engram.memory.staged_table import StagedTable, StagedTables, check_rows, distinct
 from engram.memory.staging import HashIds
 from engram.memory.table import RowTable
 
 
-class DividedTables:
+class DividedTables(StagedTables):
     """`TableSteps` of all ranks of `world`, of whose tables `ranges[layer][rank]` are a rank's rows."""
 
     def __init__(self, tables: dict[int, StagedTable], ranges: Mapping[int, list[range]], world: World) -> None:
-        self._tables = tables
+        super().__init__(tables)
         self._world = world
         self._ranges = ranges
         self._exchange = RowExchange(world, [ranges[layer] for layer in tables])
@@ -65,21 +65,13 @@ class DividedTables:
             plan = plan_rows(self._reads[layer])
             table.owner.accumulate(plan.rows, sum_rows(gradient, plan))
 
-    def updated(self) -> None:
-        for table in self._tables.values():
-            table.owner.updated()
-
-    def flush(self) -> None:
-        for table in self._tables.values():
-            table.owner.flush()
-
     def measures(self) -> dict[str, float]:
-        exchange, measures = self._exchange, {}
-        if exchange.bytes_needed:
-            measures["tables/bytes_sent"] = float(exchange.bytes_sent)
-            measures["tables/bytes_over_needed"] = exchange.bytes_sent / exchange.bytes_needed
-        owned = [table.owner.measures() for table in self._tables.values()]
-        return measures | {key: sum(each[key] for each in owned) / len(owned) for key in (owned[0] if owned else {})}
+        sent, counts = self._exchange.bytes_sent, self._exchange.bytes_of_counts
+        measures = {"tables/bytes_sent": float(sent)}
+        if sent > counts:
+            # Ids, rows and gradients, each once, are what a step needs to send.
+            measures["tables/bytes_over_needed"] = sent / (sent - counts)
+        return measures | super().measures()
 
 
 class OwnRows(RowTable):

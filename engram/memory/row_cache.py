@@ -57,7 +57,6 @@ class CachedRows:
         self._states: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "table rows")
         self._writing: list[Future[None]] = []
-        self._fetched: _Fetched | None = None
         self._step = 0
         self._hits = self._asked = 0
         self._forget()
@@ -71,6 +70,7 @@ class CachedRows:
         # Resident rows in ascending order, and the slot of each.
         self._rows = torch.empty(0, dtype=torch.int64)
         self._slots = torch.empty(0, dtype=torch.int64)
+        self._fetched: _Fetched | None = None
 
     @property
     def dense_gradients(self) -> bool:
@@ -120,7 +120,9 @@ class CachedRows:
         self._fetched = None
 
     def read(self, ids: Tensor) -> Tensor:
-        return self.weight.detach().index_select(0, self._slots_of(ids.cpu()).to(self.weight.device))
+        slots = self._slots_of(ids.cpu())
+        assert len(slots) == len(ids), "rows are read that were not made sure of: call ensure(ids) first"
+        return self.weight.detach().index_select(0, slots.to(self.weight.device))
 
     def accumulate(self, ids: Tensor, gradient: Tensor) -> None:
         """The gradient's entries are in the order of rows, not of slots: sums over them are those of a whole table."""

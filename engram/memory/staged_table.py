@@ -61,6 +61,10 @@ class StagedTable(nn.Module):
         """`ids` int64 [U] distinct and ascending; `rows` gives [U, D] when a forward pass first needs them."""
         self._ids, self._rows, self._arriving = ids, None, rows
 
+    def unstage(self) -> None:
+        """No row is staged any more."""
+        self._ids = self._rows = self._arriving = None
+
     @property
     def leaf(self) -> Tensor:
         """The staged rows [U, D]; backward passes leave their gradient on them, row-sparse."""
@@ -88,7 +92,7 @@ class StagedTable(nn.Module):
 
 
 class StagedTables:
-    """`TableSteps` of one process, each of whose owners holds all rows of its table."""
+    """`TableSteps` where each owner holds all rows of its table."""
 
     def __init__(self, tables: dict[int, StagedTable]) -> None:
         self._tables = tables
@@ -112,6 +116,8 @@ class StagedTables:
     def updated(self) -> None:
         for table in self._tables.values():
             table.owner.updated()
+            # What was staged is what rows were before they moved.
+            table.unstage()
 
     def flush(self) -> None:
         for table in self._tables.values():

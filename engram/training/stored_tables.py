@@ -133,7 +133,7 @@ class StoredTables:
         for layer, table in self._tables.items():
             own = self._ranges[layer][self._world.rank]
             for name, rows in self._rows_of(layer, table, kind):
-                at_once = max(1, SLICE_BYTES // max(1, rows[:1].nbytes or 1))
+                at_once = max(1, SLICE_BYTES // max(1, rows[:1].nbytes))
                 for first, values in saved.rows(name, own.start, own.stop, at_once):
                     if isinstance(table.owner, CachedRows):
                         table.owner.load(_within(name), first - own.start, values)

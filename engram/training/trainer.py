@@ -207,6 +207,8 @@ class Trainer:
     def _report(self, line: dict[str, Any]) -> None:
         """Evaluate if it is time to, and write the metrics of a step that is logged."""
         step, train = line["step"], self.config.train
+        # Before an evaluation asks for rows of its own.
+        measures = self.state.engine.measures()
         evaluate = step % train.eval_every == 0 or step == train.steps
         statistics = train.statistics_every and step % train.statistics_every == 0
         if evaluate:
@@ -216,7 +218,7 @@ class Trainer:
             if line["val_loss"] < self.state.best_val_loss:
                 self.state.best_val_loss, self.state.best_step = line["val_loss"], step
         if step == 1 or step % train.log_every == 0 or evaluate or statistics:
-            line |= self.state.engine.measures()
+            line |= measures
             line["tokens_per_second"] = self.clock.lap(step)
             self.recorder.write(line, self.clock.seconds_left(step, self.last_step))
         else:

@@ -60,6 +60,16 @@ def test_a_cached_table_trains_as_a_whole_one(make_config: MakeConfig, tier: str
     assert rates[0] == 0 and 0.05 < min(rates[1:]) < max(rates) < 1
 
 
+def test_an_evaluation_does_not_count_as_a_step(make_config: MakeConfig) -> None:
+    rates = []
+    for name, often in (("seldom", 9), ("often", 2)):
+        config = make_config(name, **settings("host", eval_every=often, stop_after=3, log_every=1))
+        assert Trainer(config).fit() is Exit.DONE
+        rates.append([line["tables/hit_rate"] for line in read_metrics(Path(config.run_dir) / "metrics.jsonl")])
+    # The evaluation after the second step leaves the third step another cache.
+    assert rates[0][:2] == rates[1][:2]
+
+
 def test_a_run_goes_on_in_another_tier(make_config: MakeConfig) -> None:
     whole = make_config("whole", **settings(None))
     assert Trainer(whole).fit() is Exit.DONE
