@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 class Settings(BaseModel):
@@ -16,9 +17,9 @@ class Settings(BaseModel):
 
 
 def no_boolean(value: Any) -> Any:
-    """YAML's yes and no are no numbers. Raises ValueError."""
+    """YAML's yes and no are no numbers. Raises PydanticCustomError, a ValueError."""
     if isinstance(value, bool):
-        raise ValueError(f"is {str(value).lower()}, but must be a number")
+        raise PydanticCustomError("number_type", "Input should be a number")
     return value
 
 

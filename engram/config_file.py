@@ -3,8 +3,10 @@
 Knows no setting: `engram/config.py` does.
 """
 
+import datetime
 import difflib
 import math
+import re
 from collections.abc import Hashable
 from functools import reduce
 from pathlib import Path
@@ -43,7 +45,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     tree = _parse(text, path, "is not valid YAML")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, but a config is a mapping of sections")
+        held = "is empty" if tree is None else f"holds {_shown(tree)}"
+        raise ConfigError(f"{path}: {held}, but must hold settings, one on a line, as `key: value`")
     return tree
 
 
@@ -76,12 +79,16 @@ def set_value(tree: dict[str, Any], dotted: str, value: Any, origin: str) -> Non
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """One line for each mistake that pydantic found in the settings of `root`: path, mistake, value, valid names."""
+    """One line for each setting of `root` that pydantic refused: its path and value, and what it must be."""
     mistakes = error.errors()
     # A list that lost its only item to a mistake inside it is then too short as well: only the mistake counts.
     inside = {mistake["loc"][:-depth] for mistake in mistakes for depth in range(1, len(mistake["loc"]))}
     mistakes = [mistake for mistake in mistakes if mistake["type"] != "too_short" or mistake["loc"] not in inside]
-    return list(dict.fromkeys(_explain(mistake, root) for mistake in mistakes))
+    # Of a setting that may be of several kinds, pydantic reports one mistake for each kind.
+    places: dict[tuple[Any, ...], list[Any]] = {}
+    for mistake in mistakes:
+        places.setdefault(_place(mistake), []).append(mistake)
+    return list(dict.fromkeys(_explain(place, found, root) for place, found in places.items()))
 
 
 class _Loader(yaml.SafeLoader):
@@ -123,6 +130,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 # What pydantic's kinds of mistakes ask for, as the end of "is VALUE, but must be ...".
 _WANTED = {
+    "number_type": "a number",
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
@@ -137,13 +145,15 @@ _WANTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "text",
-    "string_too_short": "text that is not empty",
+    "string_too_short": "text of {min_length} or more characters",
+    "string_pattern_mismatch": "text of the form {pattern}",
     "string_unicode": "valid Unicode text",
+    "path_type": "a path",
     "literal_error": "{expected}",
     "list_type": "a list",
     "tuple_type": "a list",
-    "too_short": "a list of {min_length} or more",
-    "too_long": "a list of {max_length} or fewer",
+    "too_short": "{whole} of {min_length} or more entries",
+    "too_long": "{whole} of {max_length} or fewer entries",
     "dict_type": "a section of settings",
     "model_type": "a section of settings",
     "model_attributes_type": "a section of settings",
@@ -152,38 +162,83 @@ _WANTED = {
 }
 
 
-def _explain(mistake: Any, root: type[BaseModel]) -> str:
-    location = [part for part in mistake["loc"] if not str(part).startswith("function-")]
-    where = ".".join(str(part) for part in location)
-    kind, value = mistake["type"], _shown(mistake["input"])
+# Parts of a location that name no setting: pydantic's validators, and the kinds that it tried one after another.
+_VALIDATORS = re.compile(r"(function-\w+|literal|list|dict)\[")
+_SCALARS = ("str", "int", "float")
+
+
+def _place(mistake: Any) -> tuple[Any, ...]:
+    """Keys and indices from the root to the mistake."""
+    location, kind = mistake["loc"], mistake["type"]
+    place = [part for part in location[:-1] if not _VALIDATORS.match(str(part))]
+    # An unknown key is the user's own word, whatever it looks like.
+    if kind == "extra_forbidden" or not any(_VALIDATORS.match(str(part)) for part in location[-1:]):
+        place += location[-1:]
+    tried = place and place[-1] in _SCALARS and kind.startswith(("string_", "int_", "float_", "finite_"))
+    return tuple(place[:-1] if tried else place)
+
+
+def _explain(place: tuple[Any, ...], mistakes: list[Any], root: type[BaseModel]) -> str:
+    """The line of one place, where several mistakes are those of the kinds that were tried."""
+    kind, given = mistakes[0]["type"], mistakes[0]["input"]
+    where, value = ".".join(str(part) for part in place), _shown(given)
     if kind == "extra_forbidden":
-        names = _names_at(location[:-1], root)
-        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.6)
+        names = list(_section_at(place[:-1], root).model_fields)
+        near = difflib.get_close_matches(str(place[-1]), names, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(names)}"
         return f"{where}: unknown key (value {value}); {hint}"
     if kind == "missing":
-        return f"{where}: is required and missing"
+        return f"{where}: is required and missing: {_missing(place, root)}"
     if kind == "value_error":
-        message = mistake["msg"].removeprefix("Value error, ")
+        message = mistakes[0]["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
-    wanted = _WANTED[kind].format(**mistake.get("ctx", {})) if kind in _WANTED else f"valid ({mistake['msg']})"
-    return f"{where}: is {'empty' if mistake['input'] is None else value}, but must be {wanted}"
+    wanted = _wanted(mistakes)
+    if kind in ("string_type", "path_type") and isinstance(given, int | float | datetime.date):
+        wanted += ": put it in quotes"
+    if place[-1:] == ("[key]",):
+        return f"{'.'.join(str(part) for part in place[:-2])}: has a key {value}, but keys must be {wanted}"
+    return f"{where}: is {'empty' if given is None else value}, but must be {wanted}"
+
+
+def _wanted(mistakes: list[Any]) -> str:
+    """What a setting must be, as the end of "but must be ..."."""
+    found = []
+    for mistake in mistakes:
+        whole = "a section" if isinstance(mistake["input"], dict) else "a list"
+        wording = _WANTED.get(mistake["type"])
+        known = wording and wording.format(whole=whole, **mistake.get("ctx", {}))
+        found.append(known or f"valid ({mistake['msg']})")
+    return " or ".join(dict.fromkeys(found))
+
+
+def _missing(place: tuple[Any, ...], root: type[BaseModel]) -> str:
+    """What to write in the place of nothing."""
+    section, name = _section_at(place[:-1], root), place[-1]
+    if name not in section.model_fields:
+        return "the list has too few entries"
+    try:
+        # What pydantic wants of a setting it says of one that is empty.
+        section.model_validate({name: None})
+    except ValidationError as error:
+        return f"give {_wanted([mistake for mistake in error.errors() if mistake['loc'][0] == name])}"
+    raise AssertionError(f"{name} is required, but may be empty")
 
 
 def _shown(value: Any) -> str:
-    # null and booleans as YAML writes them.
+    # null, booleans and dates as YAML writes them.
     text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    text = str(value) if isinstance(value, datetime.date) else text
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _names_at(location: list[Any], root: type[BaseModel]) -> list[str]:
-    """Names of the settings of the section at `location`."""
+def _section_at(place: tuple[Any, ...], root: type[BaseModel]) -> type[BaseModel]:
+    """The section of settings at `place`."""
     section = root
-    for key in location:
+    for key in place:
         field = section.model_fields.get(str(key))
         if field is None:
             continue
         candidates = [*get_args(field.annotation), field.annotation]
         candidates += [inner for outer in candidates for inner in get_args(outer)]
         section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
-    return list(section.model_fields)
+    return section

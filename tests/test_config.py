@@ -179,13 +179,14 @@ def test_shipped_configs_load_count_and_explain_themselves(path: Path, tmp_path:
         ("quantize=3", "quantize: unknown key (value 3); the keys here are model, data, train, optim, eval, "),
         # Nothing where something is wanted.
         ("run_dir=", "run_dir: is empty, but must be text"),
-        ("run_dir=''", "run_dir: is '', but must be text that is not empty"),
-        ("data.sources=[{path: ''}]", "data.sources.0.path: is '', but must be text that is not empty"),
+        ("run_dir=''", "run_dir: is '', but must be text of 1 or more characters"),
+        ("data.sources=[{path: ''}]", "data.sources.0.path: is '', but must be text of 1 or more characters"),
         ("train=", "train: is empty, but must be a section of settings"),
-        ("data.sources=[]", "data.sources: is [], but must be a list of 1 or more"),
-        ("optim.betas=[0.9]", "optim.betas.1: is required and missing"),
+        ("data.sources=[]", "data.sources: is [], but must be a list of 1 or more entries"),
+        ("optim.betas=[0.9]", "optim.betas.1: is required and missing: the list has too few entries"),
         # Wrong types and ranges: path, value, what is expected.
-        ("run_dir=3", "run_dir: is 3, but must be text"),
+        ("run_dir=3", "run_dir: is 3, but must be text: put it in quotes"),
+        ("run_dir=2001-01-01", "run_dir: is 2001-01-01, but must be text: put it in quotes"),
         ("train.steps=many", "train.steps: is 'many', but must be a whole number"),
         ("train.steps=2.5", "train.steps: is 2.5, but must be a whole number"),
         ("train.steps=[1]", "train.steps: is [1], but must be a whole number"),
@@ -199,10 +200,16 @@ def test_shipped_configs_load_count_and_explain_themselves(path: Path, tmp_path:
         ("optim.lr=fast", "optim.lr: is 'fast', but must be a number"),
         ("optim.lr=.nan", "optim.lr: is nan, but must be a finite number"),
         ("optim.betas=0.9", "optim.betas: is 0.9, but must be a list"),
-        ("optim.betas=[0.9, 0.9, 0.9]", "optim.betas: is [0.9, 0.9, 0.9], but must be a list of 2 or fewer"),
+        ("optim.betas=[0.9, 0.9, 0.9]", "optim.betas: is [0.9, 0.9, 0.9], but must be a list of 2 or fewer entries"),
         ("model.memory=true", "model.memory: is true, but must be a section of settings"),
         ("data.sources={name: sotu}", "data.sources: is {'name': 'sotu'}, but must be a list"),
         ("data.tokenizer.character_coverage=0.5", "data.tokenizer.character_coverage: is 0.5, but must be above 0.9"),
+        # Settings that may be of several kinds: one line, with all of them.
+        ("distributed={table_ranks: 0}", "distributed.table_ranks: is 0, but must be 'all' or 1 or more"),
+        ("distributed={table_ranks: true}", "distributed.table_ranks: is true, but must be 'all' or a number"),
+        ("distributed={table_ranks: [2]}", "distributed.table_ranks: is [2], but must be 'all' or a whole number"),
+        # Unknown keys that look like the words of pydantic.
+        ('distributed={"list[": 3}', "distributed.list[: unknown key (value 3); the keys here are zero_stage, "),
         ("distributed=8", "distributed: is 8, but must be a section of settings"),
         ("seed=-1", "seed: is -1, but must be 0 or more"),
         ("seed=4294967296", "seed: is 4294967296, but must be below 4294967296"),
@@ -271,7 +278,10 @@ def test_a_missing_key_is_named(file: Path) -> None:
     del tree["model"]["memory"]["head_dim"], tree["data"]["path"]
     file.write_text(yaml.safe_dump(tree))
     lines = complaint(file).splitlines()
-    assert lines == ["model.memory.head_dim: is required and missing", "data.path: is required and missing"]
+    assert lines == [
+        "model.memory.head_dim: is required and missing: give a whole number",
+        "data.path: is required and missing: give text",
+    ]
 
 
 def test_all_mistakes_are_told_at_once(file: Path) -> None:
@@ -294,8 +304,8 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
         ("train: {steps: 1}\ntrain: {steps: 2}", f"{file}:2:1: is not valid YAML: key 'train' stands twice"),
         ("? [a]\n: 1", f"{file}:1:3: is not valid YAML: "),
         ("!!python/object/apply:os.getcwd []", f"{file}:1:1: is not valid YAML: could not determine a constructor"),
-        ("- 1", "holds list, but a config is a mapping of sections"),
-        ("", "holds NoneType, but a config is a mapping of sections"),
+        ("- 1", "holds [1], but must hold settings, one on a line, as `key: value`"),
+        ("", "is empty, but must hold settings, one on a line, as `key: value`"),
         ("base: none.yaml", f"{missing}: cannot be read: No such file or directory"),
         (yaml.safe_dump({**TREE, 3: 4}), "3: is 3, but must be text, as all names of settings are"),
     ):

@@ -122,7 +122,10 @@ class Display:
             f"{counted(self._total, 'run')}: {', '.join(counts)}; {duration(time.monotonic() - self._begun)} spent"
         )
         if failed:
-            self.say(f"`{RETRY}` trains the failed ones once more, from their last checkpoints")
+            self.say(
+                f"`{RETRY}` trains the failed ones once more, from their last checkpoints where there are any; first "
+                "see to what is said of each above"
+            )
 
     def _seconds_left(self) -> float | None:
         """At the pace since the start, in tokens."""

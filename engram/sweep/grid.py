@@ -74,20 +74,22 @@ def shown(value: Any) -> str:
 
 def _expand_part(sweep: Sweep, name: str) -> Iterator[Run]:
     part = sweep.parts[name]
+    # A file without parts is one part of its own name.
+    where = sweep.name if list(sweep.parts) == [sweep.name] else f"{sweep.name}, part {name}"
     base = read_tree(part.base)
     taken: dict[str, dict[str, Any]] = {}
     for point in _points(part):
         try:
             config = _resolve(part, point, base)
         except ConfigError as error:
-            raise SweepError(f"{sweep.name}, part {name}, {words(point)}: {error}") from None
+            raise SweepError(f"{where}, {words(point)}: {error}") from None
         for seed in part.seeds:
             seeded = config.replace(seed=seed, data=config.data.replace(shuffle_seed=seed))
             identity = run_id(seeded)
             # Two ratios that mean the same number of experts would count as two points of one curve.
             if "rho" in part.axes and identity in taken:
                 both = f"{words(taken[identity])} and {words(point)}"
-                raise SweepError(f"{sweep.name}, part {name}: {both} are the same run: drop one")
+                raise SweepError(f"{where}: {both} are the same run: drop one")
             taken[identity] = point
             yield Run(identity, name, point, seed, seeded.replace(run_dir=str(sweep.pool / identity)))
 

@@ -4,6 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,12 +28,13 @@ class SweepError(UserError):
 def _whole_axis(values: Any) -> Any:
     """Said in our words: pydantic would name each kind of axis that it tried."""
     if not isinstance(values, list | dict) or not values:
-        raise ValueError(f"is {values!r}, but must be a list of one value or more, or a mapping of names to settings")
+        given = "empty" if values is None else repr(values)
+        raise ValueError(f"is {given}, but must be a list of one value or more, or a mapping of names to settings")
     if isinstance(values, dict):
         for name, settings in values.items():
             if not isinstance(name, str):
                 raise ValueError(f"names a value {name!r}, but names are text: put it in quotes")
-            if not isinstance(settings, dict):
+            if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
                 raise ValueError(f"sets {name!r} to {settings!r}, but must name settings, such as {{optim.lr: 0.1}}")
     return values
 
@@ -177,20 +179,24 @@ def load_sweep(path: str | Path) -> Sweep:
     shared = {key: tree.pop(key) for key in list(tree) if key in Part.model_fields}
     tree.setdefault("name", path.stem)
     tree.setdefault("out", f"results/{tree['name']}")
-    parts = tree.get("parts", {str(tree["name"]): {}})
+    whole = None if "parts" in tree else str(tree["name"])
+    parts = tree.get("parts", {whole: {}})
     if isinstance(parts, dict):
         tree["parts"] = {name: _filled(part, shared) for name, part in parts.items()}
+    as_written = partial(_as_written, parts=parts, shared=shared, whole=whole)
     try:
         sweep = Sweep.model_validate(tree)
     except ValidationError as error:
-        raise SweepError("\n".join(f"{path}: {line}" for line in explain(error, Sweep))) from None
-    _check_file_names(f"{path}: parts", sweep.parts)
+        lines = map(as_written, explain(error, Sweep))
+        raise SweepError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from None
+    _check_file_names(f"{path}: {'parts' if whole is None else 'name'}", sweep.parts)
     for name, part in sweep.parts.items():
         for axis, values in part.axes.items():
             if isinstance(values, dict):
-                _check_told_apart(f"{path}: parts.{name}: axes.{axis}", values)
+                where = as_written(f"parts.{name}: axes.{axis}:").removesuffix(":")
+                _check_told_apart(f"{path}: {where}", values)
         if part.reference is not None:
-            _check_reference(f"{path}: parts.{name}.reference", name, part.reference, sweep)
+            _check_reference(f"{path}: {as_written(f'parts.{name}.reference')}", name, part.reference, sweep)
     # Relative to the sweep's file; an absolute path stays as it is.
     return sweep.replace(parts={name: part.replace(base=path.parent / part.base) for name, part in sweep.parts.items()})
 
@@ -263,6 +269,21 @@ def _check_number(where: str, value: Any) -> None:
         # What YAML takes for text, such as 2e20.
         hint = " (YAML reads an exponent only as in 2.0e+20)" if isinstance(value, str) else ""
         raise ValueError(f"{where}: holds {value!r}, but must hold a number{hint}")
+
+
+def _as_written(line: str, parts: Any, shared: dict[str, Any], whole: str | None) -> str:
+    """A line that opens with a key of a part, with that key where the user wrote it.
+
+    That is the top level for the keys in `shared` which the part leaves out, and for all keys of the part `whole`,
+    which stands for a file without parts.
+    """
+    if whole is not None:
+        return line.removeprefix(f"parts.{whole}.").removeprefix(f"parts.{whole}: ")
+    for name, part in parts.items() if isinstance(parts, dict) else ():
+        for key in shared.keys() - (part if isinstance(part, dict) else {}):
+            if re.match(rf"parts\.{re.escape(str(name))}(\.{key}\b|: {key}[.:])", line):
+                return line[line.index(key, len(f"parts.{name}")) :]
+    return line
 
 
 def _filled(part: Any, shared: dict[str, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 Prompts: `sleep SECONDS`, `fail`, `mute` (fails without a word), `diverge`, `stop` (ends without finishing), `die` (by a
 signal), `hang` (hears no SIGINT), `slow` (takes a second to save, and hears a second SIGINT meanwhile), `crash` (an
-abort), `broken` (fails on GPU 5), `early` (a traceback at the first SIGINT).
+abort), `broken` (fails on GPU 5), `early` (a traceback at the first SIGINT), `checkpoint SECONDS` (saves its last
+step, goes on from there, and refuses to finish without the metrics of that step, as train.py does).
 """
 
 import json
@@ -40,11 +41,19 @@ def main(path: str, *overrides: str) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     steps = config["train"]["steps"]
     seconds = 60.0 if what in ("hang", "slow", "early") else float(rest[0]) if rest else 0.0
-    for step in range(1, steps + 1):
-        line = {"step": step, "tokens": step * 64, "loss": 5 - step / 10, "tokens_per_second": 100.0}
-        with open(folder / "metrics.jsonl", "a") as file:
+    latest, metrics = folder / "latest", folder / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        for step in range(1 + (int(latest.read_text()) if latest.exists() else 0), steps + 1):
+            line = {"step": step, "tokens": step * 64, "loss": 5 - step / 10, "tokens_per_second": 100.0}
             file.write(json.dumps(line) + "\n")
-        time.sleep(seconds / steps)
+            file.flush()
+            time.sleep(seconds / steps)
+    if what == "checkpoint":
+        folder.mkdir(exist_ok=True)
+        latest.write_text(str(steps))
+        if not metrics.exists() or f'"step": {steps},' not in metrics.read_text():
+            print("error: remove what is left of it, and the same command trains the run anew", flush=True)
+            return 2
     if what != "stop":
         done = {"step": steps, "val_loss": 4.0 + config["seed"] / 100}
         (folder / "done.json").write_text(json.dumps(done))

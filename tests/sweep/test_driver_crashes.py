@@ -1,6 +1,7 @@
 """Signals, kills, and several drivers at the same time: no run is lost, none is trained twice."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engram.sweep.driver import reset
 from engram.sweep.grid import Run
 from engram.sweep.pool import Pool
 from engram.sweep.worker import Job
@@ -167,3 +169,22 @@ def test_a_run_folder_that_vanishes_is_reported(tmp_path: Path) -> None:
     assert (
         f"failed: {runs[0].id} ({runs[0].part}, kind=run0 seed=0): its run folder was removed while it trained" in text
     )
+
+
+def test_retry_after_a_run_folder_was_removed_does_what_was_said(tmp_path: Path) -> None:
+    """The training goes on without its folder, and saves there once more: what is left can never be finished."""
+    path, runs, pool = build(tmp_path, "checkpoint 2")
+    process = start_driver(path)
+    wait_until(lambda: pool.state(runs[0]).step > 0)
+    pool.run_folder(runs[0]).rename(tmp_path / "run_elsewhere")
+    first = text_of(process)
+    assert process.returncode == 1 and (pool.run_folder(runs[0]) / "latest").exists()
+    assert reset(runs, pool) == (runs, [])
+    code, text = drive(runs, pool)
+    assert code == 1
+    for said in (first, text):
+        assert "exit status 2: error: remove what is left of it" in said
+        assert "from their last checkpoints where there are any; first see to what is said of each above" in said
+    shutil.rmtree(pool.run_folder(runs[0]))
+    assert reset(runs, pool) == (runs, []) and drive(runs, pool)[0] == 0
+    assert ledger(pool, "end") == [runs[0].id] and pool.state(runs[0]).attempt == 3

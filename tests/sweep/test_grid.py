@@ -82,8 +82,8 @@ def test_budgets_of_flops_set_the_steps_of_all_ratios_alike(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "messages"),
     [
-        (dict(derive="allocation", axes={"rho": [1, 1.5]}), ["sweep, part sweep, rho=1.5", "1.5"]),
-        (dict(axes={"optim.lrr": [1]}), ["part sweep, optim.lrr=1", "optim.lrr: unknown key", "did you mean 'lr'?"]),
+        (dict(derive="allocation", axes={"rho": [1, 1.5]}), ["sweep, rho=1.5: ", "1.5"]),
+        (dict(axes={"optim.lrr": [1]}), ["sweep, optim.lrr=1: ", "optim.lrr: unknown key", "did you mean 'lr'?"]),
         (dict(axes={"optim.lr": [-1]}), ["optim.lr: is -1, but must be above 0"]),
         (dict(axes={"x": {"y": {"model.memory.heads": 3}}}), ["x=y", "did you mean 'num_heads'?"]),
         (dict(axes={"train": [3]}), ["train: is 3, but must be a section"]),
