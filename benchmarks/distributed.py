@@ -5,9 +5,6 @@
 Trainings are those of configs/quickstart.yaml cut to `--steps`, eager, one CPU thread each process, as a user starts
 them: every contender trains once in each turn, and its speed is that of its metrics.jsonl, without the first steps.
 Ratios within a turn are what to read. On a machine with fewer cores than ranks, ranks wait for each other's turn.
-
-The stall of a checkpoint is the time that training stands still for it: to write all of it, or to copy it and complete
-what a thread wrote meanwhile.
 """
 
 import argparse
@@ -17,30 +14,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from benchmarks.machine import FEWEST_REPEATS, at_least, describe_machine, save_results
-from engram.config import load_config
-from engram.data.tokenizer import load_tokenizer
-from engram.distributed.world import SINGLE
-from engram.training.checkpoint_files import Contents
 from engram.training.metrics import read_metrics
-from engram.training.saver import CheckpointSaver
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/quickstart.yaml"
 # Steps before the speed is read.
 WARMUP = 10
-TEN_GB = 10**10
 
 
 @dataclass(frozen=True)
@@ -59,10 +48,11 @@ def contenders(ranks: list[int]) -> Iterator[Contender]:
         stored = f"train.tables={{tier: {tier}, cache_rows: 32768}}"
         yield Contender(f"one process, tables in {tier}", 1, (stored,), against="one process")
     for count in ranks:
-        whole = f"{count} ranks, tables on each"
+        ranks_of = f"{count} rank{'s' * (count > 1)}"
+        whole = f"{ranks_of}, tables on each"
         yield Contender(whole, count, ("distributed={}",), against="one process")
         if count > 1:
-            yield Contender(f"{count} ranks, tables divided", count, ("distributed={table_ranks: all}",), against=whole)
+            yield Contender(f"{ranks_of}, tables divided", count, ("distributed={table_ranks: all}",), against=whole)
 
 
 def main() -> None:
@@ -70,11 +60,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=at_least(1), default=FEWEST_REPEATS, metavar="N")
     parser.add_argument("--steps", type=at_least(2 * WARMUP), default=40, metavar="N", help="steps of each training")
     parser.add_argument("--ranks", type=at_least(1), nargs="+", default=[1, 2, 4], metavar="N")
-    parser.add_argument("--checkpoint-gb", type=float, default=1.0, metavar="GB", help="size of the saved state")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = training_rows(Path(folder), list(contenders(options.ranks)), options.repeats, options.steps)
-        rows += stall_rows(Path(folder), options.repeats, int(options.checkpoint_gb * 1e9))
     show(rows)
     if options.repeats < FEWEST_REPEATS:
         print(f"fewer than {FEWEST_REPEATS} repeats are a trial: nothing is saved")
@@ -142,45 +130,12 @@ def ratios(base: list[float], own: list[float]) -> list[float]:
     return [theirs / ours for theirs, ours in zip(base, own, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def stall_rows(folder: Path, repeats: int, nbytes: int) -> list[dict[str, Any]]:
-    config = load_config(CONFIG)
-    tensors = {"model": {"weight": torch.randn(nbytes // 16, 4)}, "optim": {}}
-    contents = Contents(tensors, {"step": 1}, config, load_tokenizer(ROOT / config.data.path))
-    rows = []
-    for beside in (False, True):
-        stalls = []
-        with CheckpointSaver(folder, 1, SINGLE, beside) as saver:
-            # The first one allocates the copies.
-            for step in range(repeats + 1):
-                stalls.append(stall(saver, step, contents))
-        name = "checkpoint beside training" if beside else "checkpoint, training waits"
-        per_ten_gb = statistics.median(stalls[1:]) * TEN_GB / nbytes
-        rows.append({"name": name, "bytes": nbytes, "stall_s_per_10_GB": per_ten_gb, "repeats": repeats})
-    return rows
-
-
-def stall(saver: CheckpointSaver, step: int, contents: Contents) -> float:
-    """Seconds in which training does not go on."""
-    start = time.perf_counter()
-    saver.save(step, contents)
-    stood = time.perf_counter() - start
-    # Here training would go on.
-    while not saver.ready:
-        time.sleep(0.01)
-    start = time.perf_counter()
-    saver.wait()
-    return stood + time.perf_counter() - start
-
-
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("", "tokens/s", "step time", "rows", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for head in ("tokens/s", "step time", "rows"):
+        table.add_column(head)
     for row in rows:
-        if "stall_s_per_10_GB" in row:
-            table.add_row(row["name"], "", f"stands {row['stall_s_per_10_GB']:.2f} s per 10 GB", "")
-            continue
         against = f"{statistics.median(row['step_time_ratios']):.2f} x {row['against']}" if "against" in row else ""
         notes = ", ".join(f"{key.removeprefix('tables/')} {row[key]:.4g}" for key in row if key.startswith("tables/"))
         table.add_row(row["name"], f"{row['tokens_per_second']:,.0f}", against, notes)

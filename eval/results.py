@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.training.files import write_atomically
+from eval.output import write_provenance
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows, kind in (("metrics.csv", metrics, Metric), ("items.csv", items, Item)):
         write_atomically(folder / name, _table([asdict(row) for row in rows], [field.name for field in fields(kind)]))
-    write_atomically(folder / "provenance.json", json.dumps(provenance, indent=1, sort_keys=True) + "\n")
+    write_provenance(folder, provenance)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

@@ -123,6 +123,32 @@ def test_ablations_equal_the_committed_fit() -> None:
     assert f"by {line['per_decade']:.3f} nat ({low:.3f} to {high:.3f})" in " ".join(text.split())
 
 
+def test_first_look_equals_the_committed_studies() -> None:
+    inside = ROOT / "results/analysis/inside"
+    with (inside / "logit_lens/scalars.csv").open() as file:
+        found = {
+            row["model"]: row for row in csv.DictReader(file) if (row["run"], row["scalar"]) == ("all", "crossing_half")
+        }
+    with (inside / "sensitivity/loss.csv").open() as file:
+        (off,) = [
+            row
+            for row in csv.DictReader(file)
+            if (row["condition"], row["run"], row["bin"]) == ("zero_embedding", "all", "all")
+        ]
+    mean, low, high = (
+        f"{float(found['experts and memory - experts only'][key]):.1f}" for key in ("mean", "low", "high")
+    )
+    with_memory, without = (f"{float(found[name]['mean']):.1f}" for name in ("experts and memory", "experts only"))
+    rise = [f"{float(off[key]):.3f}" for key in ("rise", "rise_low", "rise_high")]
+    paragraph = " ".join(README.split("**A first look**", 1)[1].split("\n\n", 1)[0].split())
+    for said in (
+        f"{with_memory} blocks with memory and at {without} without",
+        f"({mean}, {low} to {high}, 90 %)",
+        f"{rise[0]} nat ({rise[1]} to {rise[2]})",
+    ):
+        assert said in paragraph
+
+
 KEY = ("task", "recipe", "baseline", "metric", "group")
 
 
@@ -142,6 +168,36 @@ def test_speed_table_equals_the_committed_measurement() -> None:
     for contender, step, ratio in _rows("## Speed"):
         assert step == f"{measured[contender]['median_ms']:.0f} ms", contender
         assert ratio == f"{measured[contender]['speed_against_best_peer']:.2f}", contender
+
+
+def test_speed_of_sweeps_equals_the_committed_measurement() -> None:
+    (path,) = [ROOT / name for name in re.findall(r"\((benchmarks/results/sweep_\S+\.jsonl)\)", README)]
+    measured = {row["name"]: row for row in map(json.loads, path.read_text().splitlines())}
+    said = [
+        f"{measured['driver, one at a time']['overhead_per_run']:.1%} more time",
+        f"{measured['driver, two at a time']['speedup']:.2f} times as fast",
+        f"1,000 runs takes {measured['plan, 1000 runs']['median_s']:.2f} s",
+        f"1,000 runs {measured['status, 1000 runs']['median_s']:.2f} s",
+    ]
+    paragraph = " ".join(README.split("`make bench PART=sweep`", 1)[1].split("\n\n", 1)[0].split())
+    assert [each for each in said if each not in paragraph] == []
+
+
+def test_scaling_table_equals_the_committed_measurement() -> None:
+    (path,) = [ROOT / name for name in re.findall(r"\((benchmarks/results/distributed_\S+\.jsonl)\)", README)]
+    measured = [json.loads(line) for line in path.read_text().splitlines()]
+    expected = [
+        [
+            row["name"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{statistics.median(row['step_time_ratios']):.2f}" if "against" in row else "",
+            row.get("against", ""),
+        ]
+        for row in measured
+    ]
+    assert _rows("What it costs here") == expected
+    (two,) = [row for row in measured if row["name"] == "2 ranks, tables divided"]
+    assert f"{two['tables/bytes_sent'] / 1e6:.2f} MB" in README and two["tables/bytes_over_needed"] - 1 < 0.002 / 100
 
 
 def test_kernel_table_states_every_target_as_measured() -> None:

@@ -87,6 +87,9 @@ class Backbone:
             with _quiet():
                 _divide_experts(entry, self._experts, expert_group, self._expert_ranks, self.stage)
         with _quiet(), taken_out(model, outside):
+            if self.stage == 3:
+                # One parameter after the other, from wherever it lies: the whole backbone may not fit on the device.
+                deepspeed.zero.Init(module=entry, config_dict_or_path=settings)
             self._engine = deepspeed.initialize(model=entry, optimizer=self._steps, config=settings)[0]
         self._zero = self._engine.optimizer
         self.shares = self._make_shares(shapes, config)

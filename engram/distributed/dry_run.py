@@ -114,14 +114,15 @@ def _show_tables(plan: "Plan", console: "Console") -> None:
 def _show_memory(plan: "Plan", machine: Machine, console: "Console") -> None:
     from engram.distributed.accounting import Held, held_by
 
-    held = held_by(plan, 0)
+    fullest = max(range(plan.ranks), key=lambda rank: sum(each.device for each in held_by(plan, rank)))
+    held = held_by(plan, fullest)
     places = ("parameters", "gradients", "state", "passing", "host", "file")
     total = Held("all", **{name: sum(getattr(each, name) for each in held) for name in places})
     used = [name for name in places if getattr(total, name)]
     unit, size = _unit([total.device, total.host, total.file])
     rows = [(each.name, *(size(getattr(each, name)) for name in used), size(each.device)) for each in [*held, total]]
     fits = "fits into" if total.device <= machine.device_gb * 1e9 else "does not fit into"
-    title = f"Memory of rank 0, which holds most, in {unit}; it {fits} a device of {machine.device_gb:g} GB"
+    title = f"Memory of rank {fullest}, which holds most, in {unit}; it {fits} a device of {machine.device_gb:g} GB"
     heads = ("", *("for a while" if name == "passing" else name for name in used), "on the device")
     _show(console, title, heads, rows)
 

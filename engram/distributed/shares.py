@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engram.distributed.world import World
 from engram.optim.groups import Assignment
-from engram.optim.optimizer import OptimizerStateError
+from engram.optim.optimizer import OptimizerStateError, check_saved
 from engram.optim.role import Role
 
 
@@ -154,11 +154,7 @@ def saved_tensor(saved: Mapping[str, Tensor], key: str, shape: torch.Size) -> Te
     if key not in saved:
         raise OptimizerStateError(lacks(key))
     tensor = saved[key]
-    if tensor.shape != shape or tensor.dtype != torch.float32:
-        raise OptimizerStateError(
-            f"the saved {key} is {tensor.dtype} {list(tensor.shape)}, but this model needs torch.float32 "
-            f"{list(shape)}: resume with the model that it was saved with"
-        )
+    check_saved(key, tensor.shape, tensor.dtype, shape, torch.float32)
     return tensor
 
 

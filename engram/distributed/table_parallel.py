@@ -59,7 +59,8 @@ class DividedTables(StagedTables):
     def finish(self) -> None:
         assert self._asked is not None, "a batch is finished that never began"
         gradients = [table.take_gradient()[1] for table in self._tables.values()]
-        returned = self._exchange.return_gradients(self._asked, gradients)
+        asked, self._asked = self._asked, None
+        returned = self._exchange.return_gradients(asked, gradients)
         for (layer, table), gradient in zip(self._tables.items(), returned, strict=True):
             # A stable sort: sums are in the order of ranks.
             plan = plan_rows(self._reads[layer])

@@ -37,6 +37,14 @@ class World:
         """Whether this rank writes what is written once: logs, metrics, the run folder."""
         return self.rank == 0
 
+    @property
+    def here(self) -> range:
+        """The ranks of this machine, this one among them; launchers number them one after the other."""
+        if self.size == 1:
+            return range(self.rank, self.rank + 1)
+        first = self.rank - int(os.environ.get("LOCAL_RANK", "0"))
+        return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
     def gather(self, value: Any) -> list[Any]:
         """Everybody's `value`, in the order of ranks. Small things only: it is pickled."""
         if self.size == 1:

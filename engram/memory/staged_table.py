@@ -59,6 +59,7 @@ class StagedTable(nn.Module):
 
     def stage(self, ids: Tensor, rows: Callable[[], Tensor]) -> None:
         """`ids` int64 [U] distinct and ascending; `rows` gives [U, D] when a forward pass first needs them."""
+        assert self._rows is None or self._rows.grad is None, "a batch began before finish() took the gradient"
         self._ids, self._rows, self._arriving = ids, None, rows
 
     def unstage(self) -> None:

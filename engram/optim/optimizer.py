@@ -64,12 +64,7 @@ class RoleOptimizer:
         _check_keys(own, saved)
         own = {key: tensor for key, tensor in own.items() if not apart(key)}
         for key, tensor in own.items():
-            other = saved[key]
-            if other.shape != tensor.shape or other.dtype != tensor.dtype:
-                raise OptimizerStateError(
-                    f"the saved optimizer state {key} is {other.dtype} {list(other.shape)}, but this model needs "
-                    f"{tensor.dtype} {list(tensor.shape)}: resume with the model that it was saved with"
-                )
+            check_saved(key, saved[key].shape, saved[key].dtype, tensor.shape, tensor.dtype)
         for key, tensor in own.items():
             tensor.copy_(saved[key])
 
@@ -116,6 +111,17 @@ def table_role(tables: Sequence[Assignment], settings: TableOptimConfig) -> Role
                     "choose another kind, or set table_dtype to float32"
                 )
             return AdamW(tables, settings.betas, settings.eps)
+
+
+def check_saved(
+    key: str, found: Sequence[int], found_dtype: torch.dtype, needed: Sequence[int], needed_dtype: torch.dtype
+) -> None:
+    """Raises OptimizerStateError where a saved state has not the shape and dtype that are needed."""
+    if tuple(found) != tuple(needed) or found_dtype != needed_dtype:
+        raise OptimizerStateError(
+            f"the saved {key} is {found_dtype} {list(found)}, but this model needs "
+            f"{needed_dtype} {list(needed)}: resume with the model that it was saved with"
+        )
 
 
 def _check_keys(own: Mapping[str, Value], saved: Mapping[str, Value]) -> None:

@@ -1,13 +1,14 @@
 """Whether a run fits into memory: asked before it starts, explained where it turns out not to."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from engram.config import Config, UserError
 from engram.distributed.accounting import held_by
+from engram.distributed.layout import FLOAT
 from engram.distributed.plan import Plan
 
 # CPUs that are out of memory raise a plain RuntimeError, and so do some of CUDA's libraries.
@@ -19,36 +20,51 @@ _VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
-def check_memory(plan: Plan, rank: int, neighbours: int, device: torch.device) -> str:
+def check_memory(plan: Plan, rank: int, here: Sequence[int], device: torch.device) -> str:
     """Raises UserError where weights, optimizer state and the least that a step takes do not fit into free memory.
 
     Returns how much that is, as the beginning of a message.
 
-    `neighbours`: ranks on this machine, this one included, which on CPU share its memory.
+    `here`: the ranks of this machine, `rank` among them. They share its memory, which on CPU is all there is.
     """
-    held = held_by(plan, rank)
-    needed = sum(each.parameters + each.gradients + each.state for each in held)
-    host = sum(each.host for each in held)
-    if device.type == "cpu":
-        needed, host = (needed + host) * neighbours, 0
+    shared = device.type == "cpu"
+    host = sum(each.host for other in here for each in held_by(plan, other))
+    needed = sum(
+        each.parameters + each.gradients + each.state
+        for holder in (here if shared else [rank])
+        for each in held_by(plan, holder)
+    )
+    if shared:
+        needed, host = needed + host, 0
+    step = least_step_bytes(plan) * (len(here) if shared else 1)
     free = free_memory(device)
-    who = f"the {neighbours} ranks of this machine need" if neighbours > 1 and device.type == "cpu" else "the run needs"
+    who = f"the {len(here)} ranks of this machine need" if shared and len(here) > 1 else "the run needs"
     message = f"{who} {_gib(needed)} for weights, gradients and optimizer state"
     if free is not None and needed > free:
         raise UserError(f"{message}, but only {_gib(free)} are free on {device.type}: {SMALLER}")
-    step = least_step_bytes(plan)
     if free is not None and needed + step > free:
         raise UserError(
             f"{message}, and {_gib(step)} or more for a training step, but only {_gib(free)} are free on "
             f"{device.type}: lower {_smaller_step(plan.config)}"
         )
     free = free_memory(torch.device("cpu"))
-    if free is not None and host * neighbours > free:
+    if free is not None and host > free:
         raise UserError(
-            f"the run keeps {_gib(host * neighbours)} of table rows and optimizer state in host memory, but only "
+            f"the ranks of this machine keep {_gib(host)} of table rows and optimizer state in host memory, but only "
             f"{_gib(free)} are free: set train.tables.tier to file, or divide the tables among more machines"
         )
+    if free is not None and (building := len(here) * _host_bytes_at_start(plan)) > free:
+        raise UserError(
+            "with distributed.zero_stage 3, every rank starts with the whole backbone in host memory, "
+            f"{_gib(building)} for the {len(here)} of this machine, but only {_gib(free)} are free: start fewer ranks "
+            "on each machine"
+        )
     return message
+
+
+def _host_bytes_at_start(plan: Plan) -> int:
+    """Of the backbone that a rank draws before ZeRO 3 takes its share to the device."""
+    return FLOAT * sum(group.elements for group in plan.groups) if plan.settings.zero_stage == 3 else 0
 
 
 SMALLER = "lower model.hidden_size, model.num_layers, the number of experts or the rows_per_head of the tables"

@@ -141,20 +141,26 @@ def save_step(run_dir: Path, step: int, contents: Contents, keep: int, world: Wo
     """Save `run_dir/step_<step>`, point `latest` to it, keep the newest `keep`. Raises CheckpointError: disk full."""
     folder = step_folder(run_dir, step)
     write_folder(folder, contents, world)
-    keep_newest(folder, keep, world)
+    point_to(folder, world)
+    with world.together():
+        if world.is_first:
+            remove_older(folder, keep)
     return folder
 
 
-def keep_newest(folder: Path, keep: int, world: World = SINGLE) -> None:
-    """Let `latest` point to this new checkpoint, and delete all but the newest `keep` of its run."""
-    run_dir = folder.parent
+def point_to(folder: Path, world: World = SINGLE) -> None:
+    """Let `latest` point to this new checkpoint."""
     with world.together():
         if world.is_first:
-            point(run_dir / LATEST, folder.name)
-            # A run set back to an earlier checkpoint may still hold later ones: they do not count as newer than this.
-            until_now = [path for path in step_folders(run_dir) if step_of(path) <= step_of(folder)]
-            for old in until_now[:-keep]:
-                remove_folder(old)
+            point(folder.parent / LATEST, folder.name)
+
+
+def remove_older(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of its run, of which `folder` is the last."""
+    # A run set back to an earlier checkpoint may still hold later ones: they do not count as newer than this.
+    until_now = [path for path in step_folders(folder.parent) if step_of(path) <= step_of(folder)]
+    for old in until_now[:-keep]:
+        remove_folder(old)
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:

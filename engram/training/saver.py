@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from engram.distributed.world import World
-from engram.training.checkpoint_files import Contents, FolderWriter, keep_newest, save_step, step_folder
+from engram.training.checkpoint_files import (
+    Contents,
+    FolderWriter,
+    point_to,
+    remove_older,
+    save_step,
+    step_folder,
+)
 
 
 @dataclass
@@ -19,8 +26,8 @@ class CheckpointSaver:
     """Saves checkpoints of `run_dir`, and keeps the newest `keep`; every method is called on all ranks alike.
 
     `beside_training`: only the copying of weights and optimizer state into host memory, where they take their size once
-    more, holds training up; a thread writes the copies. Such a checkpoint counts from the first `poll` on that finds
-    all ranks ready, or from the end of the run.
+    more, holds training up; a thread writes the copies, and then deletes older checkpoints. A checkpoint counts from
+    the first `poll` on that finds all ranks ready, or from the end of the run.
     """
 
     run_dir: Path
@@ -29,6 +36,7 @@ class CheckpointSaver:
     beside_training: bool = False
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _pending: tuple[FolderWriter, Future[None]] | None = None
+    _removing: Future[None] | None = None
     # Filled anew by every checkpoint: memory that was never used costs more than the copying.
     _copies: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
@@ -62,7 +70,17 @@ class CheckpointSaver:
         self._pending = None
         writing.result()
         writer.complete()
-        keep_newest(writer.folder, self.keep, self.world)
+        point_to(writer.folder, self.world)
+        with self.world.together():
+            self._finish_removing()
+        if self.world.is_first:
+            self._removing = self._threads.submit(remove_older, writer.folder, self.keep)
+
+    def _finish_removing(self) -> None:
+        """Raises OSError: what was older could not be deleted."""
+        if self._removing is not None:
+            removing, self._removing = self._removing, None
+            removing.result()
 
     def __enter__(self) -> Self:
         return self
@@ -75,6 +93,7 @@ class CheckpointSaver:
             # clears away.
             if error is None or self.world.size == 1:
                 self.wait()
+                self._finish_removing()
         finally:
             self._threads.shutdown()
 

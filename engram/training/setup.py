@@ -82,7 +82,11 @@ def build_model(
 
     `table` makes the tables of memory layers.
     """
-    model = Transformer(config.model, vocabulary_map(config.model, tokenizer), table).to(device)
+    model = Transformer(config.model, vocabulary_map(config.model, tokenizer), table)
+    if config.distributed is not None and config.distributed.zero_stage == 3:
+        move_around_backbone(model, device)
+    else:
+        model.to(device)
     model.compute_dtype = getattr(torch, config.train.dtype)
     model.activation_checkpointing = config.train.activation_checkpointing
     model.set_dense_table_gradients(config.optim.table.kind == "dense_adam")
@@ -94,13 +98,21 @@ def build_model(
     return model.train()
 
 
+def move_around_backbone(model: Transformer, device: torch.device) -> None:
+    """Tables and buffers to the device. The backbone stays in host memory: ZeRO 3 brings over what a rank keeps."""
+    for module in model.modules():
+        if isinstance(module, RowTable | StagedTable):
+            module.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
+
+
 def build_engine(plan: Plan, data: RunData, device: torch.device, world: World) -> Engine:
     """The model with its optimizer, on this process or on all ranks. Raises UserError: memory, roles."""
     config = plan.config
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1
     # All look before any of them takes.
     with world.together():
-        needed = check_memory(plan, world.rank, neighbours, device)
+        needed = check_memory(plan, world.rank, world.here, device)
     with explain_out_of_memory(f"{needed}, and the {device.type} ran out of memory: {SMALLER}"):
         stored = StoredTables(config, world, device)
         model = build_model(config, data.tokenizer, device, stored.make)

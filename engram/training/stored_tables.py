@@ -20,6 +20,7 @@ from engram.memory.row_store import FileStore, HostStore
 from engram.memory.staged_table import StagedTable, StagedTables
 from engram.memory.staging import RowOwner, TableSteps
 from engram.memory.table import RowTable
+from engram.optim.optimizer import check_saved
 from engram.training.tensor_files import TensorFiles, rows_key
 
 # Of one tensor's rows, and what a rank holds of them at once on their way into a checkpoint.
@@ -129,12 +130,19 @@ class StoredTables:
                     yield rows_key(name, first + start, first + start + len(part)), part
 
     def load(self, kind: str, saved: TensorFiles) -> None:
-        """Take over this rank's rows."""
+        """Take over this rank's rows of `model` or `optim`.
+
+        Raises OptimizerStateError: state of another shape or dtype. Weights were compared before (Checkpoint.check).
+        """
+        shapes = saved.shapes()
         for layer, table in self._tables.items():
             own = self._ranges[layer][self._world.rank]
             for name, rows in self._rows_of(layer, table, kind):
                 at_once = max(1, SLICE_BYTES // max(1, rows[:1].nbytes))
                 for first, values in saved.rows(name, own.start, own.stop, at_once):
+                    if kind == "optim":
+                        whole = (table.num_rows, *rows.shape[1:])
+                        check_saved(name, shapes[name], values.dtype, whole, rows.dtype)
                     if isinstance(table.owner, CachedRows):
                         table.owner.load(_within(name), first - own.start, values)
                     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from eval.cka.tables import Found
 from eval.documents import read_documents
 from eval.entities import Entities, entity_positions, passages_of, read_few_nerd
 from eval.loading import load, open_split
+from eval.output import write_provenance, writing_into
 from eval.over_runs import Sample
 from eval.points import Point
 from eval.progress import progress
@@ -118,14 +118,11 @@ def study(
         "largest_share": result.largest_share,
         "runs": [run.facts() for run in runs],
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with writing_into(out):
         if entities is not None:
             write_atomically(out / "entities.csv", to_csv(_entity_columns(entities, tokenizer)))
-        write_atomically(out / "provenance.json", json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        write_provenance(out, facts)
         build_page(result, out).write(out / "cka.html")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
     return [*lines(result), str(out / "cka.html")]
 
 

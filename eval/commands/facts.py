@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 from engram.config import UserError, WorldConfig
-from eval.commands.options import add_device, count, seed
-from eval.commands.sides import level
+from eval.commands.options import add_machine, level, names, seed
 
 HELP = "recall of invented facts by exposures, and reading, with known chance; --certify checks the questions"
 
@@ -19,11 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--certify", action="store_true", help="ask oracles instead: what n-grams, copies, guesses solve"
     )
     parser.add_argument("--config", metavar="FILE", help="whose world to certify; default: the default world")
-    parser.add_argument("--sets", type=_names, metavar="A,B", help="sets of questions; default: all")
+    parser.add_argument("--sets", type=names, metavar="A,B", help="sets of questions; default: all")
     parser.add_argument("--level", type=level, default=0.95, metavar="P", help="of the intervals (default 0.95)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the bootstrap (default 0)")
-    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads; default: as many as in training")
-    add_device(parser)
+    add_machine(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -72,7 +70,3 @@ def _certify(options: argparse.Namespace, sets: tuple[str, ...]) -> None:
     if broken or shared:
         found = "; ".join([*broken, *(shared[:1])])
         raise UserError(f"these questions leak or are broken: {found}: choose another world (data.sources.0.world)")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())

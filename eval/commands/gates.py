@@ -16,9 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--documents", type=count, metavar="N", help="the first N documents of a split; --out is a folder"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.html|DIR")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE.html|DIR", help="the page of a text; of documents, a folder"
+    )
     parser.add_argument("--data", metavar="DIR", help="prepared data; default: what the model was trained on")
-    parser.add_argument("--split", choices=("validation", "train"), default="validation")
+    parser.add_argument("--split", choices=("validation", "train"), default="validation", help="(default validation)")
     parser.add_argument("--length", type=count, default=256, metavar="N", help="tokens of a document (default 256)")
     parser.add_argument("--show", type=count, default=6, metavar="N", help="documents on the page (default 6)")
 

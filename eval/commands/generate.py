@@ -9,7 +9,7 @@ HELP = "continue a prompt"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the model goes on from")
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="tokens to add at most (default 128)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")

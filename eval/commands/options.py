@@ -6,12 +6,18 @@ import json
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run folder: its latest")
+    add_machine(parser)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=count, metavar="N", help="CPU threads; default: as many as in training")
     add_device(parser)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: a GPU if there is one"
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +47,21 @@ def seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
     return int(text)
+
+
+def level(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return number
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Of a list with commas; what is empty is left out."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def show(facts: dict[str, object], as_json: bool) -> None:

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 from engram.config import UserError
-from eval.commands.options import add_device, count, seed
-from eval.commands.sides import level
+from eval.commands.options import add_machine, level, seed
 
 
 def add_pair(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +20,7 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of tables, figures and page")
     parser.add_argument("--level", type=level, default=0.9, metavar="P", help="of the intervals (default 0.9)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of items and bootstrap (default 0)")
-    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads; default: as many as in training")
-    add_device(parser)
+    add_machine(parser)
 
 
 def pair_of(options: argparse.Namespace) -> tuple[dict[str, str], str | None]:

@@ -10,7 +10,7 @@ HELP = "loss, perplexity and bits per byte on prepared data"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument("--data", metavar="DIR", help="prepared data; default: what the model was trained on")
-    parser.add_argument("--split", choices=("validation", "train"), default="validation")
+    parser.add_argument("--split", choices=("validation", "train"), default="validation", help="(default validation)")
     parser.add_argument("--tokens", type=count, metavar="N", help="score the first N tokens; default: all")
     parser.add_argument("--sequence-length", type=count, metavar="N", help="default: as in training")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from engram.config import UserError
-from eval.commands.options import add_device, count, seed
-from eval.commands.sides import level, sides_of
+from eval.commands.options import add_device, count, level, seed
+from eval.commands.sides import sides_of
 
 HELP = "one HTML page: about training runs (RUN_DIR ...), or every study of two models (--checkpoint ...)"
 _DESCRIPTION = """\

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eval.commands.options import count
+from eval.commands.options import count, names
 from eval.commands.pair import add_pair, pair_of
 
 HELP = "what a model finds again in a long context: RULER's 13 tasks"
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", choices=("tiny", "full"), default="tiny", help="short wording, or NVIDIA's (default tiny)"
     )
-    parser.add_argument("--tasks", type=_names, default=(), metavar="A,B", help="tasks or groups; default: all 13")
+    parser.add_argument("--tasks", type=names, default=(), metavar="A,B", help="tasks or groups; default: all 13")
     parser.add_argument(
         "--lengths", type=_lengths, metavar="N,N", help="tokens; default: powers of two from 128 to the context"
     )
@@ -51,10 +51,6 @@ def run(options: argparse.Namespace) -> None:
     )
     lines = study(checkpoints, wanted, options.out, options.device, options.threads, Console(stderr=True), note)
     print("\n".join(([note] if note else []) + lines))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from engram.config import UserError
-from eval.commands.options import add_device, count, seed
+from eval.commands.options import add_machine, count, level, names, seed
 
 HELP = "what tasks and the loss lose when the memory is switched off or changed"
 
@@ -20,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of tables, figures and page")
     parser.add_argument(
         "--modes",
-        type=_names,
+        type=names,
         default=("zero_embedding", "mean", "shuffled"),
         metavar="A,B",
         help="zero_embedding, zero_output, gate_one, mean, shuffled (default zero_embedding,mean,shuffled)",
     )
     parser.add_argument("--per", choices=("layer", "order", "head"), help="change one part of the memory at a time")
-    parser.add_argument("--tasks", type=_names, default=("loss",), metavar="A,B", help="loss, facts (default loss)")
+    parser.add_argument("--tasks", type=names, default=("loss",), metavar="A,B", help="loss, facts (default loss)")
     parser.add_argument("--data", metavar="DIR", help="prepared data; default: what the model was trained on")
     parser.add_argument(
         "--tokens", type=count, default=50_000, metavar="N", help="validation tokens for the loss (default 50000)"
@@ -38,10 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the train split that mean and shuffled take their rows from (default 50000)",
     )
-    parser.add_argument("--level", type=_level, default=0.9, metavar="P", help="of the intervals (default 0.9)")
+    parser.add_argument("--level", type=level, default=0.9, metavar="P", help="of the intervals (default 0.9)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the bootstrap (default 0)")
-    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads; default: as many as in training")
-    add_device(parser)
+    add_machine(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -65,17 +64,3 @@ def run(options: argparse.Namespace) -> None:
     )
     lines = study(options.checkpoint, settings, options.out, options.device, options.threads, Console(stderr=True))
     print("\n".join(lines))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _level(text: str) -> float:
-    try:
-        level = float(text)
-    except ValueError:
-        level = 0.0
-    if not 0 < level < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
-    return level

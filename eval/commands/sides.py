@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engram.config import UserError
-from eval.commands.options import add_device, count, seed
+from eval.commands.options import add_machine, count, level, seed
 
 
 def add_sides(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,7 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--level", type=level, default=0.9, metavar="P", help="of the intervals (default 0.9)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the bootstrap (default 0)")
-    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads; default: as many as in training")
-    add_device(parser)
+    add_machine(parser)
 
 
 def sides_of(options: argparse.Namespace) -> dict[str, Sequence[str]]:
@@ -33,13 +32,3 @@ def sides_of(options: argparse.Namespace) -> dict[str, Sequence[str]]:
         raise UserError(f"{options.out}: is a file: name a folder with --out")
     sides: dict[str, Sequence[str]] = {options.name: options.checkpoint}
     return sides | ({options.baseline_name: options.baseline} if options.baseline else {})
-
-
-def level(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
-    return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from eval.lens import logit_lens
 from eval.lens.logit_lens import Lens
 from eval.lens.tables import Settings, lines, sampled, scalar_rows
 from eval.loading import load
+from eval.output import write_provenance, writing_into
 from eval.progress import progress
 from eval.sided_table import columns
 from eval.sides import open_runs, read_texts
@@ -65,11 +65,8 @@ def study(
         "document_length": texts.length,
         "runs": [run.facts() for run in runs],
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with writing_into(out):
         write_atomically(out / "scalars.csv", to_csv(scalars))
-        write_atomically(out / "provenance.json", json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        write_provenance(out, facts)
         build_page(found, scalars, columns(blocks), settings, str(texts), out).write(out / "depth.html")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
     return [*lines(scalars), *([f"alignment: not measured: {reason}"] if reason else []), str(out / "depth.html")]

@@ -24,6 +24,7 @@ from eval.facts.questions import SETS, ask
 from eval.facts.score import facts_items, world_of
 from eval.facts.tables import Run, collision_rows, columns_of, difference_rows, exposure_rows, score_rows
 from eval.loading import Loaded, load
+from eval.output import writing_into
 from eval.results import Metric, summarise, write_results
 
 # Settings of a run that its seeds may change, and those that change no answer.
@@ -61,10 +62,8 @@ def study(
             loaded = load(path, device, "float32", threads)
             runs.append(_asked(loaded, world, label, settings, begin))
     base, others = runs[: len(baseline)], runs[len(baseline) :]
-    try:
+    with writing_into(out):
         return _write(world, base, others, settings, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
 
 
 def _one_world(paths: Sequence[str], baseline: int) -> tuple[World, list[str]]:

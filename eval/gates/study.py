@@ -1,14 +1,11 @@
 """Gates over many documents: the long table, a score for every layer and stream, and the page of all of them."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from engram.config import UserError
 from engram.data.shards import Dataset
-from engram.training.files import write_atomically
 from engram.training.provenance import origin
 from eval.documents import read_documents
 from eval.gates.entities import mark_names
@@ -17,6 +14,7 @@ from eval.gates.reading import read_gates
 from eval.gates.table import collisions, long_table, summarise
 from eval.gates.text import token_texts
 from eval.loading import Loaded
+from eval.output import write_provenance, writing_into
 
 
 def study(loaded: Loaded, dataset: Dataset, out: Path, num_documents: int, length: int, show: int) -> Iterator[str]:
@@ -41,15 +39,12 @@ def study(loaded: Loaded, dataset: Dataset, out: Path, num_documents: int, lengt
         f"{len(reading.token_N):,} tokens"
     )
     facts = {**origin(), "checkpoint": str(loaded.folder), "step": loaded.step, "data": str(dataset.folder)}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with writing_into(out):
         pq.write_table(long_table(reading, names, shared, texts, memory.orders), out / "gates.parquet")
         figure = gates_figure(summaries, columns, out)
         rows = collision_rows(shared, reading.layers, memory.orders, memory.num_heads)
         build_page(subtitle, reading, summaries, figure, columns, rows, texts, show).write(out / "gates.html")
-        write_atomically(out / "provenance.json", json.dumps(facts, indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
+        write_provenance(out, facts)
     for one in summaries:
         score = f"AUC {one.auc.value:.3f} ({one.auc.low:.3f} to {one.auc.high:.3f}), {one.auc.verdict}"
         yield f"layer {one.layer}, stream {one.stream}: {score}"

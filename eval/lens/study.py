@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
-from engram.config import UserError
 from engram.report.figure import to_csv
 from engram.training.files import write_atomically
 from engram.training.provenance import origin
@@ -19,6 +17,7 @@ from eval.lens.logit_lens import Lens, measure
 from eval.lens.page import build_page
 from eval.lens.tables import Settings, curve_rows, lines, sampled, scalar_rows
 from eval.loading import Loaded, load, open_split
+from eval.output import write_provenance, writing_into
 from eval.progress import progress
 from eval.sided_table import columns
 from eval.sides import Texts, open_runs, read_texts
@@ -51,14 +50,11 @@ def study(
         "document_length": texts.length,
         "runs": [run.facts() for run in runs],
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with writing_into(out):
         write_atomically(out / "scalars.csv", to_csv(scalar_table))
-        write_atomically(out / "provenance.json", json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        write_provenance(out, facts)
         page = build_page(runs, found, (lens_table, scalar_table), settings, str(texts), out)
         page.write(out / "logit_lens.html")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
     return [*lines(scalar_table), str(out / "logit_lens.html")]
 
 

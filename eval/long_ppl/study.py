@@ -21,6 +21,7 @@ from eval.long_ppl.copy_texts import CopyText, agreement, copy_texts
 from eval.long_ppl.measure import Losses, Windows, whole_losses
 from eval.long_ppl.page import Draws, Measured, Thresholds, at, build_page, terminal_lines
 from eval.models import load_models
+from eval.output import writing_into
 from eval.results import Item, Metric, write_results
 from eval.score_cache import checkpoint_digest
 
@@ -73,7 +74,7 @@ def study(
     copies = [text.tokens for text in texts]
     chosen, draws = Thresholds(wanted.alpha, wanted.beta), Draws(wanted.level, wanted.seed)
     warnings = _warnings(evaluator, models)
-    try:
+    with writing_into(out):
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("evaluator", total=_tokens(documents, windows) + _tokens(copies, windows))
             losses = evaluator_losses(evaluator, documents, windows, wanted.cache, partial(bar.advance, task))
@@ -101,8 +102,6 @@ def study(
             "matched": note,
         }
         write_results(out, metrics, items, {**origin(), **facts})
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
     lines = terminal_lines(measured, losses, chosen, draws)
     return [*(f"warning: {text}" for text in warnings), *lines, str(out / "long_ppl.html")]
 

@@ -14,6 +14,7 @@ from engram.config import UserError
 from engram.training.provenance import origin
 from eval.loading import Loaded
 from eval.models import load_models
+from eval.output import writing_into
 from eval.results import Metric, summarise, write_results
 from eval.ruler.files import make_samples, settings
 from eval.ruler.haystacks import read_essay
@@ -70,7 +71,7 @@ def study(
         check_lengths(lengths, loaded)
     made_of = settings(wanted.profile, tasks, lengths, wanted.samples, wanted.seed, tokenizer.digest, sources)
     rounds = 2 if wanted.generate else 1
-    try:
+    with writing_into(out):
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             total = len(tasks) * len(lengths) * wanted.samples
             making = bar.add_task("making samples", total=total)
@@ -99,8 +100,6 @@ def study(
         items = [replace(item, group=f"{one.name}; {item.group}") for one in answered for item in one.items]
         metrics: list[Metric] = summarise(items)
         write_results(out, metrics, items, {**origin(), **facts})
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
     return [*terminal_lines(answered, samples, wanted.threshold), str(out / "ruler.html")]
 
 

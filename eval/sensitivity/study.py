@@ -19,6 +19,7 @@ from engram.training.files import write_atomically
 from engram.training.provenance import origin
 from eval.documents import read_documents
 from eval.loading import Loaded, load, open_split
+from eval.output import writing_into
 from eval.perplexity import count_bytes
 from eval.report import run_names
 from eval.results import Item, summarise, write_results
@@ -101,10 +102,8 @@ def study(
     assert texts is not None
     losses = _losses(runs, wanted, texts, settings) if "loss" in settings.tasks else []
     kept = _retained(runs, wanted, settings)
-    try:
+    with writing_into(out):
         _write(out, runs, kept, losses, texts, settings)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
     return [*_lines(kept, losses), str(out / "sensitivity.html")]
 
 

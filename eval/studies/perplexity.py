@@ -5,7 +5,6 @@ Legend: N targets of all documents in their order, D documents, K places: octave
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from engram.config import UserError
 from engram.report.figure import SavedFigure, new_figure, save, to_csv
 from engram.report.page import Page
 from engram.report.style import COLOURS, MUTED, applied
@@ -24,6 +22,7 @@ from engram.training.files import write_atomically
 from engram.training.provenance import origin
 from eval.bootstrap import Array, Interval, means, resampled_means
 from eval.loading import load
+from eval.output import write_provenance, writing_into
 from eval.over_runs import Sample
 from eval.perplexity import count_bytes
 from eval.progress import progress
@@ -72,13 +71,10 @@ def study(
         "document_length": texts.length,
         "runs": [run.facts() for run in runs],
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with writing_into(out):
         write_atomically(out / "losses.csv", to_csv(table))
-        write_atomically(out / "provenance.json", json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        write_provenance(out, facts)
         _page(runs, by_place, table, texts, settings, out).write(out / "perplexity.html")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
     lines = [" ".join(row).rstrip() for row in _shown(table) if row[1] == METRICS["loss"]]
     return [*lines, str(out / "perplexity.html")]
 

@@ -14,6 +14,7 @@ from engram.report.page import Page
 from engram.report.text import short
 from engram.training.files import write_atomically
 from engram.training.provenance import origin
+from eval.output import writing_into
 from eval.score_cache import checkpoint_digest
 from eval.sided_table import side_names
 from eval.sides import Run
@@ -30,11 +31,8 @@ def write_studies(sides: dict[str, Sequence[str]], wanted: Wanted, out: Path, co
     UserError: what all studies need is missing, `out` cannot be written, or no study could be made.
     """
     found = plan(sides, wanted)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with writing_into(out):
         return _write(found, out, console)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None
 
 
 def _write(found: Plan, out: Path, console: Console) -> list[str]:

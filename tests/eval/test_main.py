@@ -1,6 +1,8 @@
 """The command line: answers, exit statuses, and one message for what the user got wrong."""
 
+import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engram.data.shards import Dataset
-from eval.__main__ import main
+from eval.__main__ import TASKS, main
 
 HELP = """
 import runpy, sys
@@ -25,8 +27,17 @@ assert not {"torch", "matplotlib"} & set(sys.modules)
 def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for task in ("report", "perplexity", "generate", "gates", "ngram"):
-        assert task in done.stdout
+    for name, command in TASKS.items():
+        # One line for each: the name, and what it does.
+        assert re.search(rf"^ +{name}\s+\S", done.stdout, re.MULTILINE), name
+        assert command.HELP in " ".join(done.stdout.split()), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_option_says_what_it_does(task: str) -> None:
+    parser = argparse.ArgumentParser()
+    TASKS[task].add_arguments(parser)
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 def test_perplexity_as_json(run_folder: Path, prepared_folder: Path, capsys: pytest.CaptureFixture) -> None:

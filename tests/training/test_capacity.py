@@ -1,6 +1,7 @@
 """Free memory as a container sees it, and which errors mean that there is none left."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,15 +138,36 @@ def test_what_ranks_of_one_machine_hold_is_added_up(monkeypatch: pytest.MonkeyPa
     plan = make_plan(tiny(distributed={"zero_stage": 0}), 2)
     held = sum(each.parameters + each.gradients + each.state for each in held_by(plan, 0))
     step = least_step_bytes(plan)
-    free = 2 * held + step
+    free = 2 * (held + step)
     monkeypatch.setattr(capacity, "free_memory", lambda _: free)
-    assert check_memory(plan, 0, 2, CPU).startswith("the 2 ranks of this machine need 0.0 GiB for weights")
-    # One more rank, or one byte less: it does not fit.
-    with pytest.raises(UserError, match=r"the 3 ranks of this machine need .* only .* are free on cpu: lower model"):
-        check_memory(plan, 0, 3, CPU)
+    assert check_memory(plan, 0, range(2), CPU).startswith("the 2 ranks of this machine need 0.0 GiB for weights")
     free -= 1
     with pytest.raises(UserError, match=r"for a training step, but only .* lower train.micro_batch_size"):
-        check_memory(plan, 0, 2, CPU)
+        check_memory(plan, 0, range(2), CPU)
+    free = 2 * held - 1
+    with pytest.raises(UserError, match=r"the 2 ranks of this machine need .* only .* are free on cpu: lower model"):
+        check_memory(plan, 0, range(2), CPU)
+
+
+@pytest.mark.parametrize("storage", [None, {"tier": "host", "cache_rows": 500}])
+def test_ranks_that_hold_no_rows_count_for_what_they_hold(
+    monkeypatch: pytest.MonkeyPatch, storage: dict[str, Any] | None
+) -> None:
+    plan = make_plan(tiny(distributed={"table_ranks": 1}, train={"tables": storage}), 4)
+    step = least_step_bytes(plan)
+    held = [
+        step + sum(each.parameters + each.gradients + each.state + each.host for each in held_by(plan, rank))
+        for rank in range(4)
+    ]
+    assert held[0] > held[1] == held[2]
+    for here in ([0, 1], [2, 3]):
+        monkeypatch.setattr(capacity, "free_memory", lambda _, here=here: sum(held[rank] for rank in here))
+        for rank in here:
+            check_memory(plan, rank, here, CPU)
+        monkeypatch.setattr(capacity, "free_memory", lambda _, here=here: sum(held[rank] for rank in here) - 1)
+        for rank in here:
+            with pytest.raises(UserError, match="the 2 ranks of this machine need"):
+                check_memory(plan, rank, here, CPU)
 
 
 def test_rows_in_host_memory_count_and_rows_in_files_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +180,18 @@ def test_rows_in_host_memory_count_and_rows_in_files_do_not(monkeypatch: pytest.
     rows = sum(each.host for each in held["host"])
     assert rows == sum(each.file for each in held["file"]) > 0
     monkeypatch.setattr(capacity, "free_memory", lambda _: device + least_step_bytes(plans["file"]))
-    check_memory(plans["file"], 0, 1, CPU)
+    check_memory(plans["file"], 0, range(1), CPU)
     with pytest.raises(UserError, match="the run needs"):
-        check_memory(plans["host"], 0, 1, CPU)
+        check_memory(plans["host"], 0, range(1), CPU)
+
+
+def test_zero_3_needs_room_for_the_backbone_of_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(tiny(distributed={"zero_stage": 3}), 2)
+    start = sum(4 * group.elements for group in plan.groups)
+    monkeypatch.setattr(capacity, "free_memory", lambda device: 2 * start if device.type == "cpu" else 2**40)
+    cuda = torch.device("cuda")
+    check_memory(plan, 0, range(2), cuda)
+    monkeypatch.setattr(capacity, "free_memory", lambda device: 2 * start - 1 if device.type == "cpu" else 2**40)
+    with pytest.raises(UserError, match="every rank starts with the whole backbone in host memory.* for the 2 of this"):
+        check_memory(plan, 0, range(2), cuda)
+    check_memory(plan, 0, range(1), cuda)

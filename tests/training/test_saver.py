@@ -100,9 +100,35 @@ def test_a_full_disk_is_told_by_the_next_poll(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000001"]
     # What failed is forgotten.
     disk.fails = False
-    saver.save(3, contents(torch.ones(4, 3)))
-    saver.wait()
+    with saver:
+        saver.save(3, contents(torch.ones(4, 3)))
     assert [path.name for path in step_folders(tmp_path)] == ["step_000003"]
+
+
+def test_what_is_older_is_deleted_beside_training_too(
+    contents: Callable[[Tensor], Contents], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def remove(folder: Path) -> None:
+        begun.set()
+        assert go.wait(timeout=20)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    monkeypatch.setattr(checkpoint_files, "remove_folder", remove)
+    with CheckpointSaver(tmp_path, 1, SINGLE, beside_training=True) as saver:
+        for step in (1, 2):
+            saver.save(step, contents(torch.ones(4, 3)))
+            saver.wait()
+        # The new one counts, though the old one is still there.
+        assert latest_checkpoint(tmp_path) == tmp_path / "step_000002"
+        assert begun.wait(timeout=20) and (tmp_path / "step_000001").exists()
+        saver.save(3, contents(torch.ones(4, 3)))
+        go.set()
+        # Told once the next one is safe.
+        with pytest.raises(PermissionError, match="step_000001"):
+            saver.wait()
+        assert latest_checkpoint(tmp_path) == tmp_path / "step_000003"
 
 
 def test_runs_end_alike(make_config: MakeConfig, tmp_path: Path) -> None:
