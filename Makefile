@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
+EVAL_INSTALLED := $(VENV)/eval-installed
 BENCH_INSTALLED := $(VENV)/bench-installed
 # Each xdist worker computes with one thread: two-thread torch beside another busy process is many times slower.
 WORKERS ?= 2
@@ -16,7 +17,8 @@ quickstart: $(INSTALLED)
 	$(RUN) train.py configs/quickstart.yaml
 	$(RUN) -m eval report runs/quickstart
 
-test: $(INSTALLED)
+# With lm-eval, whose adapter it tests.
+test: $(EVAL_INSTALLED)
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow"
 
 # Real dimensions and long runs, one process after the other: one of them needs 13 GiB.
@@ -47,6 +49,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
+
+$(EVAL_INSTALLED): $(INSTALLED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval]'
+	touch $(EVAL_INSTALLED)
 
 # Peers that only benchmarks compare with.
 $(BENCH_INSTALLED): $(INSTALLED)

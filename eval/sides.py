@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from engram.config import Config, UserError
 from engram.data.tokenizer import Tokenizer
 from engram.training.checkpoint import Checkpoint, open_checkpoint
+from engram.training.provenance import origin
 from eval.documents import read_documents
 from eval.loading import open_split
 
@@ -82,6 +83,17 @@ def read_texts(runs: Sequence[Run], tokenizer: Tokenizer, data: str | None, toke
     dataset = open_split(data or runs[0].config.data.path, tokenizer)
     length = min(run.config.data.sequence_length for run in runs)
     return Texts(read_documents(dataset, length, tokens), str(dataset.folder), length)
+
+
+def measured_on(runs: Sequence[Run], texts: Texts, settings: Any) -> dict[str, Any]:
+    """For `provenance.json`: which code measured which runs on which texts; `settings` is a dataclass."""
+    return {
+        **origin(),
+        "settings": asdict(settings),
+        "texts": str(texts),
+        "document_length": texts.length,
+        "runs": [run.facts() for run in runs],
+    }
 
 
 def of_side(runs: Sequence[Run], side: str) -> list[int]:

@@ -201,21 +201,35 @@ class CachedRows:
     @torch.no_grad()
     def _put(self, slots: Tensor, values: Mapping[str, Tensor]) -> None:
         for name, cached in self._cached().items():
-            cached.index_copy_(0, slots.to(cached.device), values[name].to(cached.device))
+            cached.index_copy_(0, slots.to(cached.device), values[name].to(cached.device, non_blocking=True))
 
     def _load(self, rows: Tensor) -> dict[str, Tensor]:
-        return {name: stored.index_select(0, rows) for name, stored in self.stored.items()}
+        """Stored rows, for a GPU in pinned memory: what lies there travels while the device computes."""
+        found = {}
+        for name, stored in self.stored.items():
+            shape = (len(rows), *stored.shape[1:])
+            found[name] = torch.empty(shape, dtype=stored.dtype, pin_memory=self.weight.is_cuda)
+            torch.index_select(stored, 0, rows, out=found[name])
+        return found
 
     @torch.no_grad()
     def _write_back(self, slots: Tensor) -> None:
         if not len(slots):
             return
         rows = self.slot_rows[slots]
-        values = {name: each.index_select(0, slots.to(each.device)).cpu() for name, each in self._cached().items()}
+        values = {
+            name: each.index_select(0, slots.to(each.device)).to("cpu", non_blocking=True)
+            for name, each in self._cached().items()
+        }
+        arrived = torch.cuda.Event() if self.weight.is_cuda else None
+        if arrived is not None:
+            arrived.record()
         self._writing = [write for write in self._writing if not write.done() or write.exception()]
-        self._writing.append(self._thread.submit(self._save, rows, values))
+        self._writing.append(self._thread.submit(self._save, rows, values, arrived))
 
-    def _save(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+    def _save(self, rows: Tensor, values: Mapping[str, Tensor], arrived: torch.cuda.Event | None) -> None:
+        if arrived is not None:
+            arrived.synchronize()
         for name, stored in self.stored.items():
             stored.index_copy_(0, rows, values[name])
 

@@ -16,15 +16,12 @@ from engram.kernels.engram_lookup import advise_huge_pages
 
 
 class HostStore:
-    """Tensors in host memory; pinned for a GPU."""
-
-    def __init__(self, pinned: bool = False) -> None:
-        self._pinned = pinned
+    """Tensors in host memory."""
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros. Raises UserError: not enough memory."""
         try:
-            rows = torch.zeros(shape, dtype=dtype, pin_memory=self._pinned)
+            rows = torch.zeros(shape, dtype=dtype)
         except (MemoryError, RuntimeError) as error:
             size = shape[0] * max(1, torch.Size(shape[1:]).numel()) * dtype.itemsize
             raise UserError(

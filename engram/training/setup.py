@@ -114,7 +114,7 @@ def build_engine(plan: Plan, data: RunData, device: torch.device, world: World) 
     with world.together():
         needed = check_memory(plan, world.rank, world.here, device)
     with explain_out_of_memory(f"{needed}, and the {device.type} ran out of memory: {SMALLER}"):
-        stored = StoredTables(config, world, device)
+        stored = StoredTables(config, world)
         model = build_model(config, data.tokenizer, device, stored.make)
         if config.distributed is not None:
             # It brings DeepSpeed, which takes seconds to import.

@@ -30,11 +30,10 @@ SLICE_BYTES = 2**28
 class StoredTables:
     """What stands behind a model's memory tables; nothing where each is whole and on the device."""
 
-    def __init__(self, config: Config, world: World, device: torch.device) -> None:
+    def __init__(self, config: Config, world: World) -> None:
         """`config` is that of a Plan: its settings go together."""
         self._config = config
         self._world = world
-        self._device = device
         dividing = config.distributed.table_ranks if config.distributed else None
         self._owners = table_owners(dividing, world.size) if dividing is not None else 1
         self.divided = dividing is not None
@@ -64,7 +63,7 @@ class StoredTables:
         own, stored = self._ranges[layer][self._world.rank], self._config.train.tables
         if stored is None:
             return OwnRows(num_rows, width, dtype=dtype, own=own)
-        store: HostStore | FileStore = HostStore(pinned=self._device.type == "cuda")
+        store: HostStore | FileStore = HostStore()
         if stored.tier == "file":
             folder = Path(stored.folder).expanduser() if stored.folder else Path(self._config.run_dir) / "tables"
             store = FileStore(folder / f"rank_{self._world.rank:05d}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +10,6 @@ from rich.console import Console
 from engram.config import UserError
 from engram.report.figure import to_csv
 from engram.training.files import write_atomically
-from engram.training.provenance import origin
 from eval.depth import contributions as effective_depth
 from eval.depth.contributions import Depth
 from eval.depth.page import Found, build_page
@@ -24,7 +22,7 @@ from eval.loading import load
 from eval.output import write_provenance, writing_into
 from eval.progress import progress
 from eval.sided_table import columns
-from eval.sides import open_runs, read_texts
+from eval.sides import measured_on, open_runs, read_texts
 
 
 def study(
@@ -57,14 +55,7 @@ def study(
     found = Found(runs, curves, depths, samples, shift, reason)
     kept = ("model", "run", "seed", "scalar", "unit", "mean", "low", "high", "resolved")
     scalars = {name: [row[name] for row in numbers] for name in kept}
-    facts = {
-        **origin(),
-        "settings": asdict(settings),
-        "texts": str(texts),
-        "alignment": shift.described if shift else None,
-        "document_length": texts.length,
-        "runs": [run.facts() for run in runs],
-    }
+    facts = {**measured_on(runs, texts, settings), "alignment": shift.described if shift else None}
     with writing_into(out):
         write_atomically(out / "scalars.csv", to_csv(scalars))
         write_provenance(out, facts)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from engram.report.figure import to_csv
 from engram.training.files import write_atomically
-from engram.training.provenance import origin
 from eval.documents import read_documents
 from eval.lens import tuned_lens
 from eval.lens.logit_lens import Lens, measure
@@ -20,7 +18,7 @@ from eval.loading import Loaded, load, open_split
 from eval.output import write_provenance, writing_into
 from eval.progress import progress
 from eval.sided_table import columns
-from eval.sides import Texts, open_runs, read_texts
+from eval.sides import Texts, measured_on, open_runs, read_texts
 
 
 def study(
@@ -43,16 +41,9 @@ def study(
     found = [sampled("logit", logit, settings)] + ([sampled("tuned", tuned, settings)] if tuned else [])
     lens_table = columns([row for curves in found for row in curve_rows(runs, curves, settings.level)])
     scalar_table = columns([row for curves in found for row in scalar_rows(runs, curves, settings)])
-    facts = {
-        **origin(),
-        "settings": asdict(settings),
-        "texts": str(texts),
-        "document_length": texts.length,
-        "runs": [run.facts() for run in runs],
-    }
     with writing_into(out):
         write_atomically(out / "scalars.csv", to_csv(scalar_table))
-        write_provenance(out, facts)
+        write_provenance(out, measured_on(runs, texts, settings))
         page = build_page(runs, found, (lens_table, scalar_table), settings, str(texts), out)
         page.write(out / "logit_lens.html")
     return [*lines(scalar_table), str(out / "logit_lens.html")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from engram.report.figure import SavedFigure, new_figure, save, to_csv
 from engram.report.page import Page
 from engram.report.style import COLOURS, MUTED, applied
 from engram.training.files import write_atomically
-from engram.training.provenance import origin
 from eval.bootstrap import Array, Interval, means, resampled_means
 from eval.loading import load
 from eval.output import write_provenance, writing_into
@@ -28,7 +27,7 @@ from eval.perplexity import count_bytes
 from eval.progress import progress
 from eval.sensitivity.memory_loss import token_losses
 from eval.sided_table import ALL, columns, compared, estimates, rows, side_names, side_of
-from eval.sides import Run, Texts, open_runs, read_texts
+from eval.sides import Run, Texts, measured_on, open_runs, read_texts
 
 METRICS = {"loss": "nats per token", "bits_per_byte": "bits per byte of text", "perplexity": "exp(loss)"}
 READING = (
@@ -64,16 +63,9 @@ def study(
             by_place.append(place_sample(losses_N, texts, settings.seed))
             advance(1)
     table = _table(runs, whole, [{"metric": name, "unit": unit} for name, unit in METRICS.items()], settings.level)
-    facts = {
-        **origin(),
-        "settings": asdict(settings),
-        "texts": str(texts),
-        "document_length": texts.length,
-        "runs": [run.facts() for run in runs],
-    }
     with writing_into(out):
         write_atomically(out / "losses.csv", to_csv(table))
-        write_provenance(out, facts)
+        write_provenance(out, measured_on(runs, texts, settings))
         _page(runs, by_place, table, texts, settings, out).write(out / "perplexity.html")
     lines = [" ".join(row).rstrip() for row in _shown(table) if row[1] == METRICS["loss"]]
     return [*lines, str(out / "perplexity.html")]
