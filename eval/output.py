@@ -12,9 +12,8 @@ from engram.training.files import write_atomically
 
 @contextmanager
 def writing_into(out: Path) -> Iterator[None]:
-    """Make the folder. Raises UserError where it, or what is written inside the block, cannot be written."""
+    """Raises UserError where what the block writes into the folder cannot be written."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}: name another folder with --out") from None

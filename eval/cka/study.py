@@ -119,6 +119,7 @@ def study(
         "runs": [run.facts() for run in runs],
     }
     with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
         if entities is not None:
             write_atomically(out / "entities.csv", to_csv(_entity_columns(entities, tokenizer)))
         write_provenance(out, facts)

@@ -57,6 +57,7 @@ def study(
     scalars = {name: [row[name] for row in numbers] for name in kept}
     facts = {**measured_on(runs, texts, settings), "alignment": shift.described if shift else None}
     with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "scalars.csv", to_csv(scalars))
         write_provenance(out, facts)
         build_page(found, scalars, columns(blocks), settings, str(texts), out).write(out / "depth.html")

@@ -40,6 +40,7 @@ def study(loaded: Loaded, dataset: Dataset, out: Path, num_documents: int, lengt
     )
     facts = {**origin(), "checkpoint": str(loaded.folder), "step": loaded.step, "data": str(dataset.folder)}
     with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
         pq.write_table(long_table(reading, names, shared, texts, memory.orders), out / "gates.parquet")
         figure = gates_figure(summaries, columns, out)
         rows = collision_rows(shared, reading.layers, memory.orders, memory.num_heads)

@@ -42,6 +42,7 @@ def study(
     lens_table = columns([row for curves in found for row in curve_rows(runs, curves, settings.level)])
     scalar_table = columns([row for curves in found for row in scalar_rows(runs, curves, settings)])
     with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "scalars.csv", to_csv(scalar_table))
         write_provenance(out, measured_on(runs, texts, settings))
         page = build_page(runs, found, (lens_table, scalar_table), settings, str(texts), out)

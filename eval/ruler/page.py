@@ -123,8 +123,9 @@ def build_page(
     page.figure(
         length_figure(answered, scores, threshold, level, seed, folder), f"Dashed: the bar of {threshold:.1%}. "
     )
-    page.section("Depth", "Samples whose answer stands in one place, by length and by where that place is.")
-    page.figure(depth_figure(answered, samples, metric, folder), "0 % is the start of the input. Grey: no sample. ")
+    if any(len(one.needle_depths) == 1 for one in samples):
+        page.section("Depth", "Samples whose answer stands in one place, by length and by where that place is.")
+        page.figure(depth_figure(answered, samples, metric, folder), "0 % is the start of the input. Grey: no sample. ")
     page.section("Teacher-forced", CONTINUOUS)
     page.table(*_group_table(answered, samples, LOGPROB, level, seed), caption="Nats per token of the answer.")
     if metric != EXACT:

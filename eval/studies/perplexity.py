@@ -64,6 +64,7 @@ def study(
             advance(1)
     table = _table(runs, whole, [{"metric": name, "unit": unit} for name, unit in METRICS.items()], settings.level)
     with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "losses.csv", to_csv(table))
         write_provenance(out, measured_on(runs, texts, settings))
         _page(runs, by_place, table, texts, settings, out).write(out / "perplexity.html")

@@ -32,6 +32,7 @@ def write_studies(sides: dict[str, Sequence[str]], wanted: Wanted, out: Path, co
     """
     found = plan(sides, wanted)
     with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
         return _write(found, out, console)
 
 

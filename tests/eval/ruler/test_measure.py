@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,14 @@ def test_the_command(long_run: Path, long_baseline: Path, tmp_path: Path, capsys
     assert facts["models"]["memory"]["checkpoint"] == str(long_run / "step_000002")
     assert facts["settings"]["tasks"] == {"niah_single_1": "noise", "fwe": "words"}
     assert len((out / "samples" / "fwe_384.jsonl").read_text().splitlines()) == 2
+
+
+def test_answers_that_stand_in_several_places_have_no_map_of_depths(long_run: Path, tmp_path: Path) -> None:
+    arguments = ["ruler", "--checkpoint", str(long_run), "--tasks", "VT", "--samples", "2", "--lengths", "256"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert main([*arguments, "--forced-only", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "lengths.csv").exists() and not (tmp_path / "depth.csv").exists()
 
 
 def test_what_cannot_be_asked(long_run: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
