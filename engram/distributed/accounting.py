@@ -63,7 +63,7 @@ def _table(table: Table, plan: Plan, rank: int) -> Held:
         gradients = plan.rows_at_most(table, rank) * gradient_row(table)
     if storage is None:
         return Held(table.name, rows * table.row_bytes, gradients, rows * state)
-    cached, stored = storage.cache_rows, rows * (table.row_bytes + state)
+    cached, stored = min(storage.cache_rows, rows), rows * (table.row_bytes + state)
     return Held(
         table.name,
         cached * table.row_bytes,

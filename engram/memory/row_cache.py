@@ -19,6 +19,8 @@ from engram.memory.initial_rows import initial_rows
 from engram.memory.row_store import FileStore, HostStore
 
 WEIGHT = "weight"
+# Of rows that are written back at once before a checkpoint.
+FLUSH_BYTES = 2**28
 
 
 class _Fetched(NamedTuple):
@@ -139,11 +141,14 @@ class CachedRows:
 
     def flush(self) -> None:
         slots = self._moved.nonzero().squeeze(1)
-        self._write_back(slots)
-        self._moved[slots] = False
-        for write in self._writing:
-            write.result()
-        self._writing.clear()
+        row_bytes = sum(cached[:1].nbytes for cached in self._cached().values())
+        # One slice after the other: a copy of the whole cache may not fit beside it.
+        for part in slots.split(max(1, FLUSH_BYTES // max(1, row_bytes))):
+            self._write_back(part)
+            for write in self._writing:
+                write.result()
+            self._writing.clear()
+            self._moved[part] = False
 
     def measures(self) -> dict[str, float]:
         return {"tables/hit_rate": self._hits / self._asked if self._asked else 1.0}

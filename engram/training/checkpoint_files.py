@@ -95,8 +95,11 @@ class FolderWriter:
                 try:
                     path = self._building / f"{name}.safetensors"
                     self._checksums[path.name] = _write(path, tensors)
-                except (OSError, SafetensorError) as error:
+                except Exception as error:
+                    # Whatever it is, the others learn of it in `complete`.
                     self._error = error
+            # The next file is made without this one in memory.
+            del tensors
 
     def complete(self) -> None:
         """Write what is written once, checksums last, and rename the folder. Raises CheckpointError, on all ranks."""

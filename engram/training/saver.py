@@ -93,7 +93,8 @@ class CheckpointSaver:
             # clears away.
             if error is None or self.world.size == 1:
                 self.wait()
-                self._finish_removing()
+                with self.world.together():
+                    self._finish_removing()
         finally:
             self._threads.shutdown()
 

@@ -143,9 +143,12 @@ class Trainer:
         """Go on from the run's latest checkpoint, or start; -> what is worth knowing of where the weights come from."""
         for change in self.folder.rounding_changes:
             logger.warning("%s: from here on the run is not to the bit the one that was started", change)
-        saved = latest_checkpoint(self.folder.path)
+        # What one rank sees of a shared disk is what all go on from.
+        saved = self.world.first_says(lambda: latest_checkpoint(self.folder.path))
         if saved is not None:
-            self.state.restore(open_checkpoint(saved))
+            with self.world.together():
+                checkpoint = open_checkpoint(saved)
+            self.state.restore(checkpoint)
             logger.info("going on from %s", saved)
         elif (given := self.config.train.init_from) is not None:
             origin = start_from(given, self.config, self.state.engine, self.state.data.tokenizer.digest)
@@ -180,7 +183,7 @@ class Trainer:
         state, train, optim = self.state, self.config.train, self.config.optim
         self._check_tokens(batch)
         lr = learning_rate(state.step, optim, train.steps)
-        gradient = state.engine.compute_gradient(batch, state.loader.peek)
+        gradient = state.engine.compute_gradient(batch, lambda: self._check_tokens(state.loader.peek()))
         line: dict[str, Any] = {
             "step": state.step + 1,
             "tokens": state.tokens + self.config.tokens_per_step,
@@ -303,6 +306,6 @@ class Trainer:
         if last.get("step") != self.state.step:
             raise RunFolderError(
                 f"{path}: does not hold step {self.state.step}, the last one: the folder was removed or changed while "
-                "the run was trained; remove what is left of it, and the same command trains the run anew"
+                "the run was trained; remove what is left of it, and train the run anew"
             )
         return last

@@ -52,7 +52,7 @@ def main(path: str, *overrides: str) -> int:
         folder.mkdir(exist_ok=True)
         latest.write_text(str(steps))
         if not metrics.exists() or f'"step": {steps},' not in metrics.read_text():
-            print("error: remove what is left of it, and the same command trains the run anew", flush=True)
+            print("error: remove what is left of it, and train the run anew", flush=True)
             return 2
     if what != "stop":
         done = {"step": steps, "val_loss": 4.0 + config["seed"] / 100}

@@ -87,7 +87,7 @@ def test_a_folder_that_vanishes_before_the_last_checkpoint(
         save_step(folder, step, *arguments)
 
     monkeypatch.setattr(saver, "save_step", save)
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: does not hold step 9.* trains the run anew"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: does not hold step 9.* train the run anew"):
         Trainer(config).fit()
     assert not (Path(config.run_dir) / "done.json").exists()
 
