@@ -204,6 +204,13 @@ def test_scaling_table_equals_the_committed_measurement() -> None:
     assert f"{two['tables/bytes_sent'] / 1e6:.2f} MB" in README and two["tables/bytes_over_needed"] - 1 < 0.002 / 100
 
 
+def test_stalls_of_checkpoints_equal_the_committed_measurement() -> None:
+    (path,) = [ROOT / name for name in re.findall(r"\((benchmarks/results/checkpoints_\S+\.jsonl)\)", README)]
+    waiting, beside = (json.loads(line)["stall_s_per_10_GB"] for line in path.read_text().splitlines())
+    said = f"stops training for {waiting:.2f} s, or beside training for {beside:.2f} s"
+    assert said in " ".join(README.split())
+
+
 def test_kernel_table_states_every_target_as_measured() -> None:
     (path,) = [ROOT / name for name in re.findall(r"\((benchmarks/results/kernels_\S+\.jsonl)\)", README)]
     verdicts = [row for row in map(json.loads, path.read_text().splitlines()) if "target" in row]
