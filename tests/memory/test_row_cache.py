@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engram.config import UserError
+from engram.memory import row_cache
 from engram.memory.row_cache import CachedRows
 from engram.memory.row_store import FileStore, HostStore
 
@@ -142,3 +143,27 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
     ):
         FileStore(tmp_path).allocate("weight", (1000, 3), torch.float32)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flush_takes_no_copy_of_the_whole_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, expected = cached(40)
+    moves = torch.zeros(len(expected), dtype=torch.int32)
+    ids = torch.arange(40)
+    owner.ensure(ids)
+    move(owner, ids, expected, moves)
+    # Room for three rows and their counts.
+    monkeypatch.setattr(row_cache, "FLUSH_BYTES", 3 * (WIDTH * 4 + 4) + 1)
+    sizes = []
+    save = CachedRows._save
+
+    def saved(self: CachedRows, rows: Tensor, values: Any, arrived: Any) -> None:
+        sizes.append(len(rows))
+        save(self, rows, values, arrived)
+
+    monkeypatch.setattr(CachedRows, "_save", saved)
+    owner.flush()
+    assert sizes == 13 * [3] + [1]
+    assert torch.equal(owner.stored["weight"], expected) and torch.equal(owner.stored["moves"], moves)
+    # Nothing is left to write.
+    owner.flush()
+    assert len(sizes) == 14

@@ -11,6 +11,7 @@ import torch
 
 from engram.config import Config, ConfigError, UserError
 from engram.config_file import merge
+from engram.data.loader import Batch, Loader
 from engram.training import stored_tables, tensor_files
 from engram.training.checkpoint import load_model, model_of, open_checkpoint
 from engram.training.metrics import read_metrics
@@ -78,6 +79,38 @@ def test_a_run_goes_on_in_another_tier(make_config: MakeConfig) -> None:
         assert Trainer(moving).fit() is Exit.DONE
     assert course(whole) == course(moving)
     assert_same_state(whole, moving)
+
+
+def test_a_bad_token_of_the_next_batch_is_told_as_one_of_this(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are asked for a step ahead."""
+
+    def peek(loader: Loader) -> Batch:
+        batch = honest(loader)
+        if loader.state_dict()["batch"] == 2:
+            batch.tokens[0, 0] = 384
+        return batch
+
+    honest = Loader.peek
+    monkeypatch.setattr(Loader, "peek", peek)
+    with pytest.raises(UserError, match="a shard holds token 384, but model.vocab_size is 384"):
+        Trainer(make_config(**settings("host"))).fit()
+
+
+def test_state_of_another_shape_is_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Trainer(make_config(**settings("host", stop_after=3))).fit() is Exit.DONE
+    shapes = tensor_files.TensorFiles.shapes
+
+    def cut(self: tensor_files.TensorFiles) -> dict[str, tuple[int, ...]]:
+        return {
+            name: (shape[0] - 1, *shape[1:]) if "embed.weight/" in name else shape
+            for name, shape in shapes(self).items()
+        }
+
+    monkeypatch.setattr(tensor_files.TensorFiles, "shapes", cut)
+    with pytest.raises(UserError, match=r"the saved blocks\.0\.memory\.embed\.weight/.* but this model needs"):
+        Trainer(make_config(**settings("host"))).fit()
 
 
 @pytest.mark.parametrize(
