@@ -33,10 +33,18 @@ def held_by(plan: Plan, rank: int) -> list[Held]:
     """Bytes on `rank`, role by role; activations are an estimate, DeepSpeed's message buffers are left out."""
     held = [_group(group, plan, rank) for group in plan.groups]
     held += [_table(table, plan, rank) for table in plan.tables]
-    if plan.divides_tables:
-        held.append(Held("rows of a step, at most", passing=sum(_step_rows(table, plan) for table in plan.tables)))
+    if plan.divides_tables or plan.config.train.tables is not None:
+        held.append(_step_rows(plan, rank))
     held.append(Held("activations, estimated", passing=activation_bytes(plan)))
+    if plan.config.train.async_checkpoints:
+        held.append(Held("copies for checkpoints", host=_copies(plan, rank)))
     return held
+
+
+def held_at_start(plan: Plan, rank: int) -> int:
+    """Bytes of host memory before training: a rank draws the whole backbone, and has room for its rows."""
+    tables = (_table(table, plan, rank) for table in plan.tables)
+    return FLOAT * sum(group.elements for group in plan.groups) + sum(each.parameters + each.host for each in tables)
 
 
 def _group(group: Group, plan: Plan, rank: int) -> Held:
@@ -56,14 +64,14 @@ def _group(group: Group, plan: Plan, rank: int) -> Held:
 
 def _table(table: Table, plan: Plan, rank: int) -> Held:
     kind, storage = plan.config.optim.table.kind, plan.config.train.tables
-    rows, state = len(table.ranges[rank]), table.state_bytes(kind)
+    rows, state = len(table.ranges[rank]), plan.stored_row(table) - table.row_bytes
     if kind == "dense_adam":
         gradients = rows * table.settings.head_dim * FLOAT
     else:
         gradients = plan.rows_at_most(table, rank) * gradient_row(table)
     if storage is None:
         return Held(table.name, rows * table.row_bytes, gradients, rows * state)
-    cached, stored = min(storage.cache_rows, rows), rows * (table.row_bytes + state)
+    cached, stored = min(storage.cache_rows, rows), rows * plan.stored_row(table)
     return Held(
         table.name,
         cached * table.row_bytes,
@@ -78,9 +86,31 @@ def gradient_row(table: Table) -> int:
     return table.settings.head_dim * FLOAT + INDEX
 
 
-def _step_rows(table: Table, plan: Plan) -> int:
-    """Rows that a rank fetches for a step, their ids and the sums of their gradients."""
-    return asked_at_most(table, plan) * (table.row_bytes + gradient_row(table))
+def _step_rows(plan: Plan, rank: int) -> Held:
+    """Rows that a rank reads in a step, their ids and the sums of their gradients; what of them is on its way."""
+    passing = host = 0
+    for table in plan.tables:
+        vector, asked = table.settings.head_dim * FLOAT, asked_at_most(table, plan)
+        passing += asked * (table.row_bytes + INDEX + vector)
+        if plan.divides_tables:
+            # Gradients once more as one message, and those that come from all ranks, before and after they are sorted
+            # by table; messages of rows are no larger, and gone by then.
+            from_all = plan.ranks * table.rows_at_most(table.ranges[rank], plan.tokens)
+            passing += asked * vector + from_all * (2 * vector + INDEX)
+        if plan.config.train.tables is not None:
+            passing += plan.moving_bytes(table, rank)
+            host += 2 * plan.moving_bytes(table, rank)
+    return Held("rows of a step, at most", passing=passing, host=host)
+
+
+def _copies(plan: Plan, rank: int) -> int:
+    """Of the weights and moments that a rank writes: about its share of the backbone, and its rows."""
+    backbone = sum(FLOAT * (1 + group.moments) * group.elements for group in plan.groups)
+    rows = sum(
+        (len(table.ranges[rank]) if plan.divides_tables else table.num_rows / plan.ranks) * plan.stored_row(table)
+        for table in plan.tables
+    )
+    return round(backbone / plan.ranks + rows)
 
 
 def activation_bytes(plan: Plan) -> int:

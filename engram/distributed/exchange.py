@@ -16,13 +16,16 @@ from torch import Tensor, distributed
 from engram.distributed.world import World
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
     """What a step's ids have in common with its rows and gradients: who asked whom for how many."""
 
     # Numbers of rows [rank][table]: that this rank reads of others, and that others read of it.
     wanted: list[list[int]]
     owed: list[list[int]]
+    # Bytes that this rank has sent to others for it, and those of them that told how many ids would come.
+    bytes_sent: int
+    bytes_of_counts: int
 
 
 class RowExchange:
@@ -33,8 +36,6 @@ class RowExchange:
         self._starts = [
             torch.tensor([rows.start for rows in owned] + [owned[-1].stop], device=world.device) for owned in ranges
         ]
-        # Of the last step: bytes that this rank sent to others, and those of them that told how many ids would come.
-        self.bytes_sent = self.bytes_of_counts = 0
 
     def ask(self, ids: Sequence[Tensor], valid: bool) -> tuple[Asked, list[Tensor]] | None:
         """Each table's ids int64 [U], distinct and ascending -> what all ranks ask of this one: [A], by rank.
@@ -47,19 +48,21 @@ class RowExchange:
         # One column more than tables: whether the ids are valid.
         columns = [end.diff() for end in ends] + [torch.full((self.world.size,), int(valid), device=self.world.device)]
         counts_RL = torch.stack(columns, dim=1)
-        self.bytes_sent = 0
-        answers_RL = self._all_to_all(counts_RL, [1] * self.world.size, [1] * self.world.size)()
-        self.bytes_of_counts = self.bytes_sent
-        answers = answers_RL.tolist()
+        one_each = [1] * self.world.size
+        answers = self._all_to_all(counts_RL, one_each, one_each)().tolist()
         if not all(row[-1] for row in answers):
             return None
         wanted, owed = ([row[:-1] for row in table] for table in (counts_RL.tolist(), answers))
-        arrived = self._all_to_all(torch.cat(self._by_rank(ids, wanted)), _sums(wanted), _sums(owed))()
-        return Asked(wanted, owed), _by_table(arrived, owed)
+        asked = Asked(wanted, owed, 0, self._bytes_to_others(counts_RL, one_each))
+        asked.bytes_sent = asked.bytes_of_counts
+        parts = torch.cat(self._by_rank(ids, wanted))
+        asked.bytes_sent += self._bytes_to_others(parts, _sums(wanted))
+        return asked, _by_table(self._all_to_all(parts, _sums(wanted), _sums(owed))(), owed)
 
     def answer(self, asked: Asked, rows: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
         """Each table's rows [A, D], as they were asked for -> what waits for this rank's own [U, D]."""
         parts = torch.cat(self._by_rank(rows, asked.owed))
+        asked.bytes_sent += self._bytes_to_others(parts, _sums(asked.owed))
         wait = self._all_to_all(parts, _sums(asked.owed), _sums(asked.wanted))
         arrived: list[Tensor] = []
 
@@ -74,13 +77,12 @@ class RowExchange:
     def return_gradients(self, asked: Asked, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Each table's gradient [U, D] -> those of the rows that were asked of this rank [A, D], by rank."""
         parts = torch.cat(self._by_rank(gradients, asked.wanted))
+        asked.bytes_sent += self._bytes_to_others(parts, _sums(asked.wanted))
         return _by_table(self._all_to_all(parts, _sums(asked.wanted), _sums(asked.owed))(), asked.owed)
 
     def _all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Callable[[], Tensor]:
         """`rows` in parts of `sent` rows, one for each rank -> what waits for parts of `received`, one from each."""
         output = rows.new_empty(sum(received), *rows.shape[1:])
-        # A rank's own rows take no way.
-        self.bytes_sent += (len(rows) - sent[self.world.rank]) * rows.shape[1:].numel() * rows.itemsize
         work = distributed.all_to_all_single(output, rows, received, sent, async_op=True)
         assert work is not None
 
@@ -89,6 +91,10 @@ class RowExchange:
             return output
 
         return wait
+
+    def _bytes_to_others(self, rows: Tensor, sent: list[int]) -> int:
+        """A rank's own rows take no way."""
+        return (len(rows) - sent[self.world.rank]) * rows.shape[1:].numel() * rows.itemsize
 
     def _by_rank(self, tables: Sequence[Tensor], counts: list[list[int]]) -> list[Tensor]:
         """Parts of all tables, those for the first rank first."""

@@ -13,6 +13,7 @@ What goes together (x); everything else is refused, with the numbers and what to
     table_ranks all, or a number                           x          x
     table.kind row_adam or rowwise_adagrad                 x          x
     table.kind sinkhorn or dense_adam (move all rows)      x          -
+    train.async_checkpoints                                x       host only
     over_encoding, with table_ranks null                   x          -
     over_encoding, with table_ranks all, or a number       -          -
 
@@ -73,6 +74,14 @@ class Plan:
     def rows_at_most(self, table: Table, rank: int) -> int:
         """Distinct rows that this rank holds and that a step may read."""
         return table.rows_at_most(table.ranges[rank], self.tokens_for_owner)
+
+    def stored_row(self, table: Table) -> int:
+        """Bytes of a row and its optimizer state."""
+        return table.row_bytes + table.state_bytes(self.config.optim.table.kind)
+
+    def moving_bytes(self, table: Table, rank: int) -> int:
+        """At most, of stored rows that come for the next step, or that go; each at once in host memory."""
+        return self.rows_at_most(table, rank) * self.stored_row(table)
 
 
 def make_plan(config: Config, ranks: int) -> Plan:
@@ -158,6 +167,11 @@ def _check_storage(plan: Plan) -> None:
             f"{setting}, but optim.table.kind {kind} moves all rows in every step: use row_adam or rowwise_adagrad, "
             "which move those that were read, or set train.tables to null"
         )
+    if plan.config.train.async_checkpoints and storage.tier == "file":
+        raise ConfigError(
+            f"{setting}, but train.async_checkpoints copies all rows and their optimizer state into host memory, which "
+            "files are there to spare: set train.async_checkpoints to false, or use tier host"
+        )
     if plan.ranks > 1 and not plan.divides_tables:
         raise ConfigError(
             f"{setting}, and each of {plan.ranks} ranks would keep and update all rows by itself: divide them among "
@@ -188,16 +202,16 @@ def _check_cache(plan: Plan) -> None:
 
 
 def _check_host_memory(plan: Plan) -> None:
-    storage, kind = plan.config.train.tables, plan.config.optim.table.kind
+    storage = plan.config.train.tables
     assert storage is not None
     if storage.host_memory_gb is None:
         return
 
     def needed(rank: int) -> int:
-        """All rows with their state, or from a file those that pass through memory in one step."""
+        """Rows with their state: those that come and go in one step, and in tier host all of them."""
         return sum(
-            (len(table.ranges[rank]) if storage.tier == "host" else plan.rows_at_most(table, rank))
-            * (table.row_bytes + table.state_bytes(kind))
+            2 * plan.moving_bytes(table, rank)
+            + (len(table.ranges[rank]) * plan.stored_row(table) if storage.tier == "host" else 0)
             for table in plan.tables
         )
 
@@ -205,9 +219,12 @@ def _check_host_memory(plan: Plan) -> None:
     most = needed(rank) / 1e9
     if most > storage.host_memory_gb:
         what, advice = (
-            ("all rows", "use tier file, or divide the rows among more ranks (distributed.table_ranks)")
+            (
+                "all rows, and those that come and go in a step,",
+                "use tier file, or divide the rows among more ranks (distributed.table_ranks)",
+            )
             if storage.tier == "host"
-            else ("the rows that one step may read", "lower train.batch_size or data.sequence_length")
+            else ("the rows that come and go in a step", "lower train.batch_size or data.sequence_length")
         )
         raise ConfigError(
             f"train.tables.host_memory_gb is {storage.host_memory_gb:g}, but {what} on rank {rank} take {most:.4g} GB "

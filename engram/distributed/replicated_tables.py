@@ -30,10 +30,17 @@ def sum_table_gradients(tables: Iterable[nn.Parameter], world: World) -> None:
 
 def _everybodys(rows: Tensor, world: World) -> Tensor:
     """All ranks' rows [n_rank, ...], one rank's below another's; each rank may have another number of them."""
-    counts = world.gather(len(rows))
+    counts = _counts(len(rows), world)
     # Of equal length, which all backends can gather.
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _counts(count: int, world: World) -> list[int]:
+    """Everybody's `count`, in the order of ranks."""
+    counts = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    counts[world.rank] = count
+    return world.sum(counts).tolist()

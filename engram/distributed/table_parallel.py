@@ -5,6 +5,7 @@ in their order, and its optimizer state never moves.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -13,10 +14,19 @@ from engram.distributed.exchange import Asked, RowExchange
 from engram.distributed.world import World
 from engram.kernels.table_update import plan_rows, sum_rows
 from engram.kernels.table_update.part import TablePart
-from engram.memory.initial_rows import initial_rows
+from engram.memory.initial_rows import draw_own
 from engram.memory.staged_table import StagedTable, StagedTables, check_rows, distinct
 from engram.memory.staging import HashIds
 from engram.memory.table import RowTable
+
+
+class _Asking(NamedTuple):
+    """One batch's reads of all tables, and the exchange's answer; None: a rank asked for rows that do not exist."""
+
+    hash_ids: HashIds
+    # Layer -> distinct rows [U].
+    ids: dict[int, Tensor]
+    answer: tuple[Asked, list[Tensor]] | None
 
 
 class DividedTables(StagedTables):
@@ -27,20 +37,34 @@ class DividedTables(StagedTables):
         self._world = world
         self._ranges = ranges
         self._exchange = RowExchange(world, [ranges[layer] for layer in tables])
+        # Of the batch that was asked for ahead.
+        self._ahead: _Asking | None = None
         self._asked: Asked | None = None
+        # Of the last step that was finished.
+        self._bytes_sent = self._bytes_of_counts = 0
         # Of each table, the own rows that ranks asked for, rank by rank; numbered from the first own row on.
         self._reads: dict[int, Tensor] = {}
 
     def prefetch(self, hash_ids: HashIds) -> None:
-        """Own rows that this rank will read; which ones others will ask for is not known before they ask."""
-        for layer, table in self._tables.items():
-            own, ids = self._ranges[layer][self._world.rank], distinct(hash_ids[layer])
-            table.owner.prefetch(ids[(ids >= own.start) & (ids < own.stop)] - own.start)
+        """Ranks tell one another now what they will read, so that owners can fetch what all of them will ask for."""
+        self._ahead = self._ask(hash_ids)
+        if self._ahead.answer is not None:
+            for (layer, table), read in zip(self._tables.items(), self._ahead.answer[1], strict=True):
+                table.owner.prefetch(distinct(read - self._ranges[layer][self._world.rank].start))
 
-    def begin(self, hash_ids: HashIds) -> None:
+    def _ask(self, hash_ids: HashIds) -> _Asking:
         ids = {layer: distinct(hash_ids[layer]) for layer in self._tables}
         valid = all(not len(ids[layer]) or int(ids[layer][-1]) < self._tables[layer].num_rows for layer in ids)
-        answer = self._exchange.ask(list(ids.values()), valid)
+        return _Asking(hash_ids, ids, self._exchange.ask(list(ids.values()), valid))
+
+    def begin(self, hash_ids: HashIds) -> None:
+        asking = self._ahead
+        # The very same batch, not an equal one: which it is, all ranks see alike.
+        if asking is None or asking.hash_ids is not hash_ids:
+            asking = self._ask(hash_ids)
+        else:
+            self._ahead = None
+        ids, answer = asking.ids, asking.answer
         if answer is None:
             with self._world.together():
                 for layer, table in self._tables.items():
@@ -61,13 +85,14 @@ class DividedTables(StagedTables):
         gradients = [table.take_gradient()[1] for table in self._tables.values()]
         asked, self._asked = self._asked, None
         returned = self._exchange.return_gradients(asked, gradients)
+        self._bytes_sent, self._bytes_of_counts = asked.bytes_sent, asked.bytes_of_counts
         for (layer, table), gradient in zip(self._tables.items(), returned, strict=True):
             # A stable sort: sums are in the order of ranks.
             plan = plan_rows(self._reads[layer])
             table.owner.accumulate(plan.rows, sum_rows(gradient, plan))
 
     def measures(self) -> dict[str, float]:
-        sent, counts = self._exchange.bytes_sent, self._exchange.bytes_of_counts
+        sent, counts = self._bytes_sent, self._bytes_of_counts
         measures = {"tables/bytes_sent": float(sent)}
         if sent > counts:
             # Ids, rows and gradients, each once, are what a step needs to send.
@@ -85,8 +110,7 @@ class OwnRows(RowTable):
 
     @torch.no_grad()
     def draw_rows(self, std: float) -> None:
-        for first, rows in initial_rows(self._whole, self.weight.shape[1], std, self.weight.dtype, self.own):
-            self.weight[first - self.own.start : first - self.own.start + len(rows)] = rows
+        draw_own(self.weight, self._whole, std, self.own)
 
     def read(self, ids: Tensor) -> Tensor:
         # A rank may own none, and look-ups want a table with rows.

@@ -139,14 +139,14 @@ def windows(plan: Plan, machine: Machine) -> list[Window]:
 
 def _storage_window(plan: Plan, machine: Machine) -> Window:
     """The next step's rows and state come, and as many go, while a step computes: as if none were in the cache."""
-    storage, kind, config = plan.config.train.tables, plan.config.optim.table.kind, plan.config
+    storage, config = plan.config.train.tables, plan.config
     assert storage is not None
     flops = count_flops(config.model, config.data.sequence_length)
     again = flops.forward if config.train.activation_checkpointing else 0
     speed = machine.host_gbps if storage.tier == "host" else machine.file_gbps
     at_most = estimate = 0.0
     for table in plan.tables:
-        size = 2 * (table.row_bytes + table.state_bytes(kind))
+        size = 2 * plan.stored_row(table)
         at_most += plan.rows_at_most(table, 0) * size
         tokens, vocabulary = plan.tokens_for_owner, config.model.vocab_size
         estimate += rows_by_zipf(table, table.ranges[0], vocabulary, tokens) * size

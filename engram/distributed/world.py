@@ -13,10 +13,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed import ProcessGroup
 
 from engram.config import UserError
 
 T = TypeVar("T")
+
+# Longest wait for what one rank does while others have nothing to do: preparing a corpus, writing tables of terabytes.
+# A rank that is gone is noticed at once even so, by its closed connections.
+PATIENCE = timedelta(hours=24)
 
 
 class RankError(UserError):
@@ -31,6 +36,8 @@ class World:
     size: int
     # Where tensors lie that this rank sends and receives.
     device: torch.device
+    # For what may keep others waiting: gloo, with PATIENCE. Messages of training steps have the default group.
+    patient: ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -46,12 +53,16 @@ class World:
         return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's `value`, in the order of ranks. Small things only: it is pickled."""
+        """Everybody's `value`, in the order of ranks. Small things only: it is pickled. Waits for long work."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(values, value, group=self.patient)
         return values
+
+    def meet(self) -> None:
+        """Wait for all ranks, however long: before messages of steps, after work that takes some of them longer."""
+        self.gather(None)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's `tensor`, in place."""
@@ -129,6 +140,7 @@ def join_world(device: torch.device, timeout_seconds: int) -> Iterator[World]:
     except (ValueError, RuntimeError) as error:
         raise RankError(f"the other ranks cannot be reached: {error}: start all of them with one torchrun") from error
     try:
-        yield World(distributed.get_rank(), size, device)
+        patient = distributed.new_group(timeout=PATIENCE, backend="gloo") if size > 1 else None
+        yield World(distributed.get_rank(), size, device, patient)
     finally:
         distributed.destroy_process_group()

@@ -27,3 +27,9 @@ def initial_rows(
         if first < stop:
             yield first, drawn[first - row : stop - row]
         row += count
+
+
+def draw_own(rows: Tensor, num_rows: int, std: float, own: range) -> None:
+    """Leave in `rows` what N(0, std) gives the rows `own` of a table of `num_rows`."""
+    for first, drawn in initial_rows(num_rows, rows.shape[1], std, rows.dtype, own):
+        rows[first - own.start : first - own.start + len(drawn)] = drawn

@@ -4,6 +4,8 @@ Rows that a step lacks are read from the store and take the places of those used
 where they were moved. One thread does both, in the order in which it is asked to: who reads a row after it was written
 back reads what was written.
 
+On a GPU, rows that are fetched ahead also travel to it ahead, on a stream of their own.
+
 Legend: R rows of the table, C slots of the cache, U distinct rows of a step, D width of a row.
 """
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import UserError
-from engram.memory.initial_rows import initial_rows
+from engram.memory.initial_rows import draw_own
 from engram.memory.row_store import FileStore, HostStore
 
 WEIGHT = "weight"
@@ -23,11 +25,18 @@ WEIGHT = "weight"
 FLUSH_BYTES = 2**28
 
 
+class _Values(NamedTuple):
+    """Stored rows by the name of their tensor, on the cache's device; on a GPU, once `arrived` has happened."""
+
+    rows: dict[str, Tensor]
+    arrived: torch.cuda.Event | None
+
+
 class _Fetched(NamedTuple):
     """Rows that are on their way from the store: their numbers [N], ascending, and their values."""
 
     ids: Tensor
-    values: Future[dict[str, Tensor]]
+    values: Future[_Values]
 
 
 class CachedRows:
@@ -58,16 +67,19 @@ class CachedRows:
         self.stored = {WEIGHT: store.allocate(name, (len(own), width), dtype)}
         self._states: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "table rows")
+        self._stream: torch.cuda.Stream | None = None
         self._writing: list[Future[None]] = []
-        self._step = 0
         self._hits = self._asked = 0
         self._forget()
 
     def _forget(self) -> None:
+        self._step = 0
         slots = len(self.weight)
         # -1: the slot is free.
         self.slot_rows = torch.full((slots,), -1)
         self._used = torch.zeros(slots, dtype=torch.int64)
+        # Slots by their last use, longest ago first, as it was in step `_ordered`; those before `_next` are taken.
+        self._order, self._next, self._ordered = torch.arange(slots), 0, self._step
         self._moved = torch.zeros(slots, dtype=torch.bool)
         # Resident rows in ascending order, and the slot of each.
         self._rows = torch.empty(0, dtype=torch.int64)
@@ -84,9 +96,7 @@ class CachedRows:
 
     def draw_rows(self, std: float) -> None:
         """The store's rows are N(0, std), as in a table that is drawn at once."""
-        weight = self.stored[WEIGHT]
-        for first, rows in initial_rows(self.num_rows, weight.shape[1], std, weight.dtype, self.own):
-            weight[first - self.own.start : first - self.own.start + len(rows)] = rows
+        draw_own(self.stored[WEIGHT], self.num_rows, std, self.own)
         self._forget()
 
     def bind(self, states: Mapping[str, Tensor]) -> None:
@@ -100,7 +110,8 @@ class CachedRows:
 
     def prefetch(self, ids: Tensor) -> None:
         # Rows that are resident may be moved until they are asked for; these are not.
-        missing = self._missing(ids.cpu())
+        missing = ids.cpu()
+        missing = missing[~_found(missing, self._rows)[1]]
         self._fetched = _Fetched(missing, self._thread.submit(self._load, missing))
 
     def ensure(self, ids: Tensor) -> None:
@@ -113,9 +124,10 @@ class CachedRows:
             )
         self._raise_errors()
         self._step += 1
-        missing = self._missing(ids)
+        places, found = _found(ids, self._rows)
+        missing = ids[~found]
         self._hits, self._asked = len(ids) - len(missing), len(ids)
-        self._used[self._slots_of(ids)] = self._step
+        self._used[self._slots[places[found]]] = self._step
         if len(missing):
             slots = self._make_room(len(missing))
             self._fill(slots, missing)
@@ -170,9 +182,6 @@ class CachedRows:
         """The part of each stored tensor that is on the device."""
         return {WEIGHT: self.weight.detach(), **self._states}
 
-    def _missing(self, ids: Tensor) -> Tensor:
-        return ids[~_found(ids, self._rows)[1]]
-
     def _slots_of(self, ids: Tensor) -> Tensor:
         """Slots of those of the rows that are resident, in their order."""
         places, found = _found(ids, self._rows)
@@ -180,11 +189,29 @@ class CachedRows:
 
     def _make_room(self, count: int) -> Tensor:
         """The `count` slots used longest ago, none of them in this step; what was moved there is written back."""
-        slots = self._used.topk(count, largest=False).indices
+        slots = self._oldest(count)
         self._write_back(slots[self._moved[slots]])
         self._moved[slots] = False
-        self.slot_rows[slots] = -1
+        rows = self.slot_rows[slots]
+        self._drop(rows[rows >= 0].sort().values)
         return slots
+
+    def _oldest(self, count: int) -> Tensor:
+        """Slots [count], used longest ago, which count as used in this step from here on.
+
+        Slots are put in order once, and again when that order is used up: what was used since has lost its place.
+        """
+        found, missing = [], count
+        while missing:
+            if self._next == len(self._order):
+                self._order, self._next, self._ordered = self._used.argsort(stable=True), 0, self._step
+            some = self._order[self._next : self._next + missing]
+            self._next += len(some)
+            some = some[self._used[some] <= self._ordered]
+            self._used[some] = self._step
+            found.append(some)
+            missing -= len(some)
+        return torch.cat(found)
 
     def _fill(self, slots: Tensor, rows: Tensor) -> None:
         """Bring stored rows into free slots."""
@@ -193,29 +220,54 @@ class CachedRows:
         # The thread writes what was moved before it reads this.
         late = self._thread.submit(self._load, rows[~early]) if not early.all() else None
         if fetched is not None and early.any():
-            values = fetched.values.result()
-            self._put(slots[early], {name: each[places[early]] for name, each in values.items()})
+            self._put(slots[early], fetched.values.result(), places[early])
         if late is not None:
             self._put(slots[~early], late.result())
         self.slot_rows[slots] = rows
-        self._used[slots] = self._step
-        self._slots = (self.slot_rows >= 0).nonzero().squeeze(1)
-        self._rows, order = self.slot_rows[self._slots].sort()
-        self._slots = self._slots[order]
+        self._add(rows, slots)
+
+    def _drop(self, rows: Tensor) -> None:
+        """Ascending rows are resident no more."""
+        kept = _others(torch.searchsorted(self._rows, rows), len(self._rows))
+        self._rows, self._slots = self._rows.index_select(0, kept), self._slots.index_select(0, kept)
+
+    def _add(self, rows: Tensor, slots: Tensor) -> None:
+        """Ascending rows are resident, in these slots."""
+        places = torch.searchsorted(self._rows, rows) + torch.arange(len(rows))
+        around = _others(places, len(self._rows) + len(rows))
+        merged = [torch.empty(len(around) + len(places), dtype=torch.int64) for _ in range(2)]
+        for each, old, new in zip(merged, (self._rows, self._slots), (rows, slots), strict=True):
+            each.index_copy_(0, around, old).index_copy_(0, places, new)
+        self._rows, self._slots = merged
 
     @torch.no_grad()
-    def _put(self, slots: Tensor, values: Mapping[str, Tensor]) -> None:
+    def _put(self, slots: Tensor, values: _Values, places: Tensor | None = None) -> None:
+        """Rows, those at `places` among them, into slots."""
+        if values.arrived is not None:
+            torch.cuda.current_stream().wait_event(values.arrived)
         for name, cached in self._cached().items():
-            cached.index_copy_(0, slots.to(cached.device), values[name].to(cached.device, non_blocking=True))
+            rows = values.rows[name]
+            if rows.is_cuda:
+                # Made on another stream: its memory must not be used again before this one has read it.
+                rows.record_stream(torch.cuda.current_stream())
+            if places is not None:
+                rows = rows.index_select(0, places.to(rows.device))
+            cached.index_copy_(0, slots.to(cached.device), rows)
 
-    def _load(self, rows: Tensor) -> dict[str, Tensor]:
-        """Stored rows, for a GPU in pinned memory: what lies there travels while the device computes."""
+    def _load(self, rows: Tensor) -> _Values:
+        """Stored rows; for a GPU by way of pinned memory, from where they travel while it computes."""
+        device = self.weight.device
         found = {}
         for name, stored in self.stored.items():
             shape = (len(rows), *stored.shape[1:])
-            found[name] = torch.empty(shape, dtype=stored.dtype, pin_memory=self.weight.is_cuda)
+            found[name] = torch.empty(shape, dtype=stored.dtype, pin_memory=device.type == "cuda")
             torch.index_select(stored, 0, rows, out=found[name])
-        return found
+        if device.type != "cuda":
+            return _Values(found, None)
+        self._stream = self._stream or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
+            found = {name: each.to(device, non_blocking=True) for name, each in found.items()}
+        return _Values(found, self._stream.record_event())
 
     @torch.no_grad()
     def _write_back(self, slots: Tensor) -> None:
@@ -242,6 +294,13 @@ class CachedRows:
         for write in self._writing:
             if write.done():
                 write.result()
+
+
+def _others(places: Tensor, count: int) -> Tensor:
+    """Those of the places 0 to count - 1 that are not among `places`, ascending."""
+    others = torch.ones(count, dtype=torch.bool)
+    others[places] = False
+    return others.nonzero().squeeze(1)
 
 
 def _found(ids: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The life of a step, for tables whose rows are not all at hand: the seam between training and where rows are stored.
 
-prefetch(next step's ids)   optional, while this step computes
 begin(ids)                  before the first forward pass of a batch
+prefetch(next batch's ids)  optional, so that its rows are fetched while this one computes
 finish()                    after the last backward pass
 updated()                   after the optimizer's step
 flush()                     before a checkpoint
@@ -32,7 +32,8 @@ class RowOwner(Protocol):
         ...
 
     def prefetch(self, ids: Tensor) -> None:
-        """Rows that the next `ensure` will ask for may be fetched meanwhile. Returns at once."""
+        """Distinct, ascending rows that the next `ensure` will ask for may be fetched meanwhile. Does not wait for
+        them."""
         ...
 
     def ensure(self, ids: Tensor) -> None:
@@ -61,11 +62,11 @@ class RowOwner(Protocol):
 
 
 class TableSteps(Protocol):
-    """The tables of all memory layers of one model. Where rows are divided among ranks, all ranks call all but
-    `prefetch`, in the same order."""
+    """The tables of all memory layers of one model. Where rows are divided among ranks, all ranks call everything, in
+    the same order."""
 
     def prefetch(self, hash_ids: HashIds) -> None:
-        """Start to fetch what the next `begin` will be given. Returns at once; no rank waits for another."""
+        """Start to fetch what a later `begin` will be given: this very object. Does not wait for rows."""
         ...
 
     def begin(self, hash_ids: HashIds) -> None:

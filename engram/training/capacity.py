@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from engram.config import Config, UserError
-from engram.distributed.accounting import held_by
-from engram.distributed.layout import FLOAT
+from engram.distributed.accounting import held_at_start, held_by
 from engram.distributed.plan import Plan
 
 # CPUs that are out of memory raise a plain RuntimeError, and so do some of CUDA's libraries.
@@ -50,21 +49,17 @@ def check_memory(plan: Plan, rank: int, here: Sequence[int], device: torch.devic
     free = free_memory(torch.device("cpu"))
     if free is not None and host > free:
         raise UserError(
-            f"the ranks of this machine keep {_gib(host)} of table rows and optimizer state in host memory, but only "
-            f"{_gib(free)} are free: set train.tables.tier to file, or divide the tables among more machines"
+            f"the ranks of this machine keep {_gib(host)} of table rows, optimizer state and copies for checkpoints in "
+            f"host memory, but only {_gib(free)} are free: set train.tables.tier to file and train.async_checkpoints "
+            "to false, or divide the tables among more machines"
         )
-    if free is not None and (building := len(here) * _host_bytes_at_start(plan)) > free:
+    if free is not None and (starting := sum(held_at_start(plan, other) for other in here)) > free:
         raise UserError(
-            "with distributed.zero_stage 3, every rank starts with the whole backbone in host memory, "
-            f"{_gib(building)} for the {len(here)} of this machine, but only {_gib(free)} are free: start fewer ranks "
+            "before ranks divide the backbone, each of them has the whole in host memory, and its table rows: "
+            f"{_gib(starting)} for the {len(here)} of this machine, but only {_gib(free)} are free: start fewer ranks "
             "on each machine"
         )
     return message
-
-
-def _host_bytes_at_start(plan: Plan) -> int:
-    """Of the backbone that a rank draws before ZeRO 3 takes its share to the device."""
-    return FLOAT * sum(group.elements for group in plan.groups) if plan.settings.zero_stage == 3 else 0
 
 
 SMALLER = "lower model.hidden_size, model.num_layers, the number of experts or the rows_per_head of the tables"

@@ -13,6 +13,7 @@ import torch
 
 from engram.config import Config
 from engram.data.tokenizer import Tokenizer, load_tokenizer
+from engram.distributed.world import SINGLE, World
 from engram.memory.mapped_table import MappedTable
 from engram.memory.vocabulary import VocabularyMap
 from engram.model.transformer import Transformer
@@ -91,17 +92,18 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, world: World = SINGLE) -> Checkpoint:
     """The checkpoint at `path`, or the latest of the run folder at `path`, after comparing all checksums.
 
-    Raises CheckpointError: none there, a file missing or damaged, written by other code.
+    Of several ranks, each compares its part of them: what one of them raises, all must learn of. Raises
+    CheckpointError: none there, a file missing or damaged, written by other code.
     """
     folder = Path(path)
     if not (folder / CHECKSUMS).exists():
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: does not exist: give a run folder or one of its step_... folders")
         folder = latest_checkpoint(folder) or folder
-    verify(folder)
+    verify(folder, world)
     state = read_state(folder)
     if state.get("format") != FORMAT:
         raise CheckpointError(

@@ -6,6 +6,7 @@ Of several ranks, the first writes these, and all write model-*.safetensors and 
 tensor_files.py); checksums.json, written last, counts them all.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -121,15 +122,12 @@ class FolderWriter:
             if self._world.is_first:
                 shutil.rmtree(self._building, ignore_errors=True)
             kept = latest_checkpoint(self.folder.parent)
-            raise CheckpointError(
-                f"{self.folder}: cannot be written ({error}): free space on this disk, or lower "
-                "train.keep_checkpoints; "
-                + (
-                    f"{kept.name} is whole, and the same command resumes from it"
-                    if kept
-                    else "there is no checkpoint yet"
-                )
-            ) from error
+            full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+            advice = "free space on this disk, or lower train.keep_checkpoints" if full else "put that right"
+            left = (
+                f"{kept.name} is whole, and the same command resumes from it" if kept else "there is no checkpoint yet"
+            )
+            raise CheckpointError(f"{self.folder}: cannot be written ({error}): {advice}; {left}") from error
 
 
 def write_folder(folder: Path, contents: Contents, world: World = SINGLE) -> None:
@@ -183,8 +181,11 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     return folder
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with its checksum. Raises CheckpointError naming the file and what to do."""
+def verify(folder: Path, world: World = SINGLE) -> None:
+    """Compare every file with its checksum; of several ranks, each reads its part of the files.
+
+    Raises CheckpointError naming the file and what to do, on the rank that found it.
+    """
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
         if not isinstance(checksums, dict) or not checksums.keys() >= set(ESSENTIAL):
@@ -193,10 +194,11 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: is not a checkpoint: {CHECKSUMS} is missing") from None
     except ValueError:
         raise CheckpointError(f"{folder / CHECKSUMS}: is damaged: {other_checkpoint(folder)}") from None
-    for name, expected in checksums.items():
+    for name in checksums:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: is missing: {other_checkpoint(folder)}")
+    for name, expected in list(checksums.items())[world.rank :: world.size]:
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is missing: {other_checkpoint(folder)}")
         if (found := sha256(path)) != expected:
             raise CheckpointError(
                 f"{path}: is damaged: its sha256 is {found[:12]}..., but {CHECKSUMS} says {str(expected)[:12]}...: "

@@ -4,6 +4,7 @@ from typing import Any
 
 from engram.config import Config, ConfigError
 from engram.config_identity import within
+from engram.distributed.world import World
 from engram.training.checkpoint import open_checkpoint
 from engram.training.checkpoint_files import CHECKSUMS
 from engram.training.engine import Engine
@@ -14,13 +15,14 @@ from engram.training.run_folder import differences
 POSITIONS = ("model.attention.rope_theta", "model.attention.yarn")
 
 
-def start_from(path: str, config: Config, engine: Engine, tokenizer_digest: str) -> dict[str, Any]:
+def start_from(path: str, config: Config, engine: Engine, tokenizer_digest: str, world: World) -> dict[str, Any]:
     """Copy a checkpoint's weights into the engine's model; -> its folder, step and digest, for the run's record.
 
     `path` is a checkpoint or a run folder: its latest. Raises ConfigError where the models differ in more than
     POSITIONS, or were made for different tokenizers; CheckpointError where there is no checkpoint, or a damaged one.
     """
-    checkpoint = open_checkpoint(path)
+    with world.together():
+        checkpoint = open_checkpoint(path, world)
     theirs, ours = (each.model_dump(mode="json") for each in (checkpoint.config.model, config.model))
     changes = differences(theirs, ours, "model.")
     forbidden = [text for key, text in changes.items() if not within(key, POSITIONS)]

@@ -4,7 +4,7 @@ Gradients are summed, never averaged: each rank's loss is weighted by its share 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -14,6 +14,7 @@ from engram.config import Config
 from engram.distributed.deepspeed import Backbone
 from engram.distributed.expert_parallel import shard_experts, sum_router_loads
 from engram.distributed.replicated_tables import sum_table_gradients
+from engram.distributed.row_ranges import row_ranges
 from engram.distributed.world import World
 from engram.model.evaluation import TokenBatch, loss_sums
 from engram.model.transformer import Transformer
@@ -25,7 +26,7 @@ from engram.training.staged import StagedRows
 from engram.training.statistics import layer_statistics
 from engram.training.step import Gradient, merge_table_gradients, number_of_targets, weighted_micro_batches
 from engram.training.stored_tables import StoredTables
-from engram.training.tensor_files import bounded_files
+from engram.training.tensor_files import bounded_files, row_slices
 
 
 class RankedEngine:
@@ -148,21 +149,19 @@ class RankedEngine:
 
     def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         self._rows.flush()
-        for kind, whole in (("model", self._model_tensors()), ("optim", self._optimizer_tensors())):
-            yield from bounded_files(kind, self.world.rank, chain(self._share(whole), self._stored.slices(kind)))
-
-    def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.backbone.full_tensors("parameters")
-        yield from self._outside_backbone().items()
+        for kind, whole, replicated in (
+            ("model", self.backbone.full_tensors("parameters"), self._outside_backbone()),
+            ("optim", self.backbone.full_tensors("optimizer"), self._whole_state()),
+        ):
+            # Some had more rows to write than others.
+            self.world.meet()
+            parts = self._share(whole), self._share_rows(replicated), self._stored.slices(kind)
+            yield from bounded_files(kind, self.world.rank, chain.from_iterable(parts))
 
     def _outside_backbone(self) -> dict[str, Tensor]:
         """Tables, and buffers that belong to the model."""
         inside = {name for name, _ in self.model.named_parameters()} - self._tables.keys() | self._stored.names
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in inside}
-
-    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.backbone.full_tensors("optimizer")
-        yield from self._whole_state().items()
 
     def _whole_state(self) -> dict[str, Tensor]:
         """What the table optimizer keeps of tables that every rank holds."""
@@ -173,6 +172,17 @@ class RankedEngine:
         for number, each in enumerate(tensors):
             if number % self.world.size == self.world.rank:
                 yield each
+
+    def _share_rows(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The same of what every rank holds: of tables, each rank's part of the rows."""
+        yield from self._share((name, each) for name, each in tensors.items() if not self._is_of_table(name))
+        for name, tensor in tensors.items():
+            if self._is_of_table(name):
+                own = row_ranges(len(tensor), self.world.size, self.world.size)[self.world.rank]
+                yield from row_slices(name, tensor[own.start : own.stop], own.start)
+
+    def _is_of_table(self, key: str) -> bool:
+        return key in self._tables or key.rpartition("/")[0] in self._tables
 
     def scalars(self) -> dict[str, int | float]:
         return {**self.backbone.counts(), **self._table_optimizer.scalars()}

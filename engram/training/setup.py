@@ -120,6 +120,8 @@ def build_engine(plan: Plan, data: RunData, device: torch.device, world: World) 
             # It brings DeepSpeed, which takes seconds to import.
             from engram.training.ranked_engine import RankedEngine
 
+            # Some have more rows to make room for than others.
+            world.meet()
             return RankedEngine(model, config, device, world, stored)
         optimizer = build_optimizer(model.named_parameters(), config.optim, stored.parts())
         stored.bind(optimizer.tensors())

@@ -20,14 +20,19 @@ class StagedRows:
     model: Transformer
     tables: TableSteps | None
     device: torch.device
+    # The batch that was prefetched, and its ids: they are hashed once.
+    _ahead: tuple[TokenBatch, HashIds] | None = None
 
     def begin(self, batch: TokenBatch, following: Callable[[], TokenBatch] | None = None) -> None:
         """Forward passes over parts of `batch` come next, and after its step those over `following`."""
         if self.tables is None:
             return
-        self.tables.begin(self._hash_ids(batch))
+        ahead = self._ahead
+        self.tables.begin(ahead[1] if ahead is not None and ahead[0] is batch else self._hash_ids(batch))
         if following is not None:
-            self.tables.prefetch(self._hash_ids(following()))
+            coming = following()
+            self._ahead = coming, self._hash_ids(coming)
+            self.tables.prefetch(self._ahead[1])
 
     def each(self, batches: Iterable[AnyBatch]) -> Iterator[AnyBatch]:
         """The batches, each with its rows at hand."""

@@ -21,10 +21,7 @@ from engram.memory.staged_table import StagedTable, StagedTables
 from engram.memory.staging import RowOwner, TableSteps
 from engram.memory.table import RowTable
 from engram.optim.optimizer import check_saved
-from engram.training.tensor_files import TensorFiles, rows_key
-
-# Of one tensor's rows, and what a rank holds of them at once on their way into a checkpoint.
-SLICE_BYTES = 2**28
+from engram.training.tensor_files import TensorFiles, row_slices, rows_at_once
 
 
 class StoredTables:
@@ -123,10 +120,7 @@ class StoredTables:
             if not self.divided and not self._world.is_first:
                 continue
             for name, rows in self._rows_of(layer, table, kind):
-                at_once = max(1, SLICE_BYTES // max(1, rows[:1].nbytes))
-                for start in range(0, len(rows), at_once):
-                    part = rows[start : start + at_once]
-                    yield rows_key(name, first + start, first + start + len(part)), part
+                yield from row_slices(name, rows, first)
 
     def load(self, kind: str, saved: TensorFiles) -> None:
         """Take over this rank's rows of `model` or `optim`.
@@ -137,8 +131,7 @@ class StoredTables:
         for layer, table in self._tables.items():
             own = self._ranges[layer][self._world.rank]
             for name, rows in self._rows_of(layer, table, kind):
-                at_once = max(1, SLICE_BYTES // max(1, rows[:1].nbytes))
-                for first, values in saved.rows(name, own.start, own.stop, at_once):
+                for first, values in saved.rows(name, own.start, own.stop, rows_at_once(rows)):
                     if kind == "optim":
                         whole = (table.num_rows, *rows.shape[1:])
                         check_saved(name, shapes[name], values.dtype, whole, rows.dtype)

@@ -23,6 +23,8 @@ from engram.config import UserError
 
 # Bytes of one file of a checkpoint, and of what a rank holds of it while it is written.
 FILE_BYTES = 2**31
+# Of one tensor's rows, where they are read or written in slices.
+SLICE_BYTES = 2**28
 
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<first>\d+):(?P<stop>\d+)\]")
 
@@ -55,6 +57,19 @@ def _file_name(kind: str, rank: int, part: int) -> str:
 def rows_key(name: str, first: int, stop: int) -> str:
     """The name under which rows `first` to `stop` - 1 of the tensor `name` are written."""
     return f"{name}[{first}:{stop}]"
+
+
+def row_slices(name: str, rows: Tensor, first: int) -> Iterator[tuple[str, Tensor]]:
+    """`rows` of the tensor `name`, from row `first` of it on, as (name[first:stop], rows) of SLICE_BYTES at most."""
+    at_once = rows_at_once(rows)
+    for start in range(0, len(rows), at_once):
+        part = rows[start : start + at_once]
+        yield rows_key(name, first + start, first + start + len(part)), part
+
+
+def rows_at_once(rows: Tensor) -> int:
+    """How many rows make SLICE_BYTES."""
+    return max(1, SLICE_BYTES // max(1, rows[:1].nbytes))
 
 
 @dataclass(frozen=True)

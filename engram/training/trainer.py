@@ -97,6 +97,8 @@ class Trainer:
         self.state = self._build()
         stack.callback(self.state.loader.close)
         origin = self._begin()
+        # Some read more of a checkpoint than others.
+        self.world.meet()
         # Says now, not at the first evaluation, if the validation split is too small.
         self._validation_batches()
         run_id = self.folder.start(
@@ -147,11 +149,11 @@ class Trainer:
         saved = self.world.first_says(lambda: latest_checkpoint(self.folder.path))
         if saved is not None:
             with self.world.together():
-                checkpoint = open_checkpoint(saved)
+                checkpoint = open_checkpoint(saved, self.world)
             self.state.restore(checkpoint)
             logger.info("going on from %s", saved)
         elif (given := self.config.train.init_from) is not None:
-            origin = start_from(given, self.config, self.state.engine, self.state.data.tokenizer.digest)
+            origin = start_from(given, self.config, self.state.engine, self.state.data.tokenizer.digest, self.world)
             logger.info("starting from the weights of %s, step %d", origin["checkpoint"], origin["step"])
             return {"init_from": origin}
         return {}
@@ -172,6 +174,7 @@ class Trainer:
                 with self.clock.paused():
                     self.saver.save(state.step, state.contents())
             if stopping and state.step < self.last_step:
+                self.saver.wait()
                 logger.info("interrupted after step %d: the same command goes on from there", state.step)
                 return Exit.INTERRUPTED
         if state.step < train.steps:

@@ -15,7 +15,9 @@ import torch
 TIMEOUT_SECONDS = 60
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
+def run_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, folder: Path, timeout_seconds: int = TIMEOUT_SECONDS
+) -> list[Any]:
     """function(world, *arguments) on `size` ranks -> what each returned, or the exception that it raised, in order.
 
     `function` must be importable (defined at the top of a module); results travel through files in `folder`.
@@ -28,7 +30,7 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, folder: 
         ["deepspeed", "torch._dynamo", "engram.training.ranked", "engram.training.ranked_engine"]
     )
     processes = [
-        context.Process(target=_work, args=(rank, size, port, str(folder), function, arguments), daemon=True)
+        context.Process(target=_work, args=(rank, size, port, str(folder), timeout_seconds, function, arguments), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
@@ -50,7 +52,9 @@ def values(results: list[Any]) -> list[Any]:
     return results
 
 
-def _work(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:
+def _work(
+    rank: int, size: int, port: int, folder: str, timeout: int, function: Callable[..., Any], arguments: Any
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -63,7 +67,7 @@ def _work(rank: int, size: int, port: int, folder: str, function: Callable[..., 
     from engram.distributed.world import join_world
 
     try:
-        with join_world(torch.device("cpu"), TIMEOUT_SECONDS) as world:
+        with join_world(torch.device("cpu"), timeout) as world:
             result = function(world, *arguments)
     except Exception as error:
         traceback.print_exc()

@@ -98,16 +98,37 @@ def test_tables_lie_where_the_settings_say() -> None:
     own = [len(table.ranges[0]) for table in plan.tables]
     assert held[0]["table of block 1"].parameters == 12 * own[0] and own[0] == -(-rows // 2)
     assert sum(each["table of block 2"].state for each in held) == 28 * tables[1].num_rows
-    # Nine tokens of a rank: rows, ids and gradient sums of 2 x 54.
-    assert held[0]["rows of a step, at most"].passing == 108 * (12 + 8 + 12)
+    # Nine tokens of a rank: rows, ids and gradient sums of 2 x 54, and gradients as a message. What comes from both
+    # ranks for its own rows: ids, gradients as a message and by table.
+    from_all = 2 * sum(table.rows_at_most(table.ranges[0], 9) for table in plan.tables)
+    exchanged = 108 * (12 + 8 + 12 + 12) + from_all * (8 + 12 + 12)
+    assert held[0]["rows of a step, at most"].passing == exchanged
+    moving = sum(40 * plan.rows_at_most(table, 0) for table in plan.tables)
     for tier in ("host", "file"):
         storage = {"tier": tier, "cache_rows": 200}
         config = tiny(train={**train, "tables": storage}, distributed={"table_ranks": "all"})
-        cached = by_name(held_by(make_plan(config, 2), 0))["table of block 1"]
+        cached = by_name(held_by(make_plan(config, 2), 0))
+        # Rows of the next step wait for it on the device; they came through host memory, through which others go.
+        assert cached["rows of a step, at most"].passing == exchanged + moving
+        assert cached["rows of a step, at most"].host == 2 * moving
         gradients = plan.rows_at_most(plan.tables[0], 0) * 20
         whole = {tier: 40 * own[0]}
         slots = min(200, own[0])
-        assert cached == Held("table of block 1", slots * 12, gradients, slots * 28, **whole)
+        assert cached["table of block 1"] == Held("table of block 1", slots * 12, gradients, slots * 28, **whole)
+    alone = tiny(train={**train, "tables": {"tier": "host", "cache_rows": 200}}, distributed=None)
+    plan = make_plan(alone, 1)
+    moving = sum(40 * plan.rows_at_most(table, 0) for table in plan.tables)
+    assert by_name(held_by(plan, 0))["rows of a step, at most"].passing == 216 * (12 + 8 + 12) + moving
+
+
+def test_copies_for_checkpoints_are_what_a_rank_writes() -> None:
+    config = tiny(distributed={"table_ranks": 2}, train={"batch_size": 6, "async_checkpoints": True})
+    plan = make_plan(config, 3)
+    copies = [by_name(held_by(plan, rank))["copies for checkpoints"].host for rank in range(3)]
+    backbone = sum(4 * (1 + group.moments) * group.elements for group in plan.groups)
+    rows = sum(40 * table.num_rows for table in plan.tables)
+    assert sum(copies) == pytest.approx(backbone + rows, abs=3)
+    assert copies[2] == round(backbone / 3) < copies[1] <= copies[0]
 
 
 @settings(max_examples=60)
@@ -127,10 +148,10 @@ def test_no_rank_holds_more_than_the_first(ranks: int, stage: int, data: st.Data
     config = tiny(distributed=distributed, optim={"table": {"kind": kind}}, train={"batch_size": 24})
     plan = make_plan(config, ranks)
     held = [held_by(plan, rank) for rank in range(ranks)]
-    # Heads that a border cuts may let another rank have a few more gradient rows.
+    # Heads that a border cuts may let another rank have a few more gradient rows, and be asked for more.
     if kind == "dense_adam" or distributed["table_ranks"] is None:
-        for name in ("device", "host"):
-            totals = [sum(getattr(each, name) for each in rank) for rank in held]
+        for kept in (lambda each: each.device - each.passing, lambda each: each.host):
+            totals = [sum(kept(each) for each in rank) for rank in held]
             assert max(totals) == totals[0]
     if stage == 3 and not distributed["offload_optimizer"]:
         for group in plan.groups:

@@ -64,8 +64,8 @@ def travel(world: World, exchange: RowExchange, wanted: Sequence[list[int]], dty
         "reads": [each.tolist() for each in reads],
         "arrived": arrived,
         "returned": returned,
-        "sent": exchange.bytes_sent,
-        "counts": exchange.bytes_of_counts,
+        "sent": asked.bytes_sent,
+        "counts": asked.bytes_of_counts,
     }
 
 

@@ -269,8 +269,8 @@ def test_host_memory_holds_all_rows_or_those_of_a_step() -> None:
     # Width 3 and row Adam: 12 bytes of a row, 24 of its moments, 4 of its count.
     rows = sum(table.num_rows for table in make_plan(tiny(), 1).tables)
     for tier, needed, advice in (
-        ("host", 40 * rows, "all rows on rank 0 take"),
-        ("file", 40 * 2 * 108, "the rows that one step may read on rank 0 take"),
+        ("host", 40 * (rows + 2 * 2 * 108), "all rows, and those that come and go in a step, on rank 0 take"),
+        ("file", 40 * 2 * 2 * 108, "the rows that come and go in a step on rank 0 take"),
     ):
         make_plan(*stored(tier=tier, host_memory_gb=needed / 1e9))
         with pytest.raises(UserError, match=advice):

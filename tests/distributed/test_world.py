@@ -1,5 +1,6 @@
 """What one rank suffers, all ranks learn."""
 
+import time
 from pathlib import Path
 
 import torch
@@ -71,3 +72,26 @@ def test_what_fails_on_the_first_rank_fails_on_all(tmp_path: Path) -> None:
     first, second = run_ranks(2, first_fails, folder=tmp_path)
     assert type(first) is ValueError
     assert str(second) == "rank 0: invalid literal for int() with base 10: 'x'"
+
+
+def wait_for_the_first(world: World) -> tuple[str, bool]:
+    """It works for longer than a message of a step may take: at first while others wait for its word, then not."""
+
+    def work() -> str:
+        time.sleep(4)
+        return "done"
+
+    said = world.first_says(work)
+    if world.is_first:
+        time.sleep(4)
+    try:
+        world.sum(torch.ones(1))
+    except RuntimeError:
+        return said, False
+    return said, True
+
+
+def test_ranks_wait_for_long_work_but_not_for_a_message(tmp_path: Path) -> None:
+    results = values(run_ranks(2, wait_for_the_first, folder=tmp_path, timeout_seconds=2))
+    assert [said for said, _ in results] == ["done", "done"]
+    assert not results[1][1]

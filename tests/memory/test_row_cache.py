@@ -87,6 +87,23 @@ def test_rows_used_longest_ago_make_room() -> None:
     assert owner.measures() == {"tables/hit_rate": pytest.approx(1 / 3)}
 
 
+@settings(max_examples=100, deadline=None)
+@given(steps=st.lists(st.sets(st.integers(0, ROWS - FIRST - 1), max_size=8), max_size=40), slots=st.integers(8, 20))
+def test_who_leaves_was_used_no_later_than_who_stays(steps: list[set[int]], slots: int) -> None:
+    owner, _ = cached(slots)
+    last_use: dict[int, int] = {}
+    for step, rows in enumerate(steps):
+        before = set(owner._rows.tolist())
+        owner.ensure(torch.tensor(sorted(rows), dtype=torch.int64))
+        after = set(owner._rows.tolist())
+        # What is there, where it is, and in what order.
+        assert owner._rows.tolist() == sorted(after) and owner.slot_rows[owner._slots].tolist() == sorted(after)
+        assert after == before - (before - after) | rows and len(after) == min(slots, len(before | rows))
+        gone, stayed = before - after, (before & after) - rows
+        assert max((last_use[row] for row in gone), default=-1) <= min((last_use[row] for row in stayed), default=step)
+        last_use |= dict.fromkeys(rows, step)
+
+
 def test_a_cache_of_any_size_holds_at_most_all_rows() -> None:
     assert len(cached(slots=1000)[0].weight) == ROWS - FIRST
 

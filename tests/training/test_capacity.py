@@ -177,21 +177,22 @@ def test_rows_in_host_memory_count_and_rows_in_files_do_not(monkeypatch: pytest.
     }
     held = {tier: held_by(plan, 0) for tier, plan in plans.items()}
     device = sum(each.parameters + each.gradients + each.state for each in held["file"])
-    rows = sum(each.host for each in held["host"])
-    assert rows == sum(each.file for each in held["file"]) > 0
-    monkeypatch.setattr(capacity, "free_memory", lambda _: device + least_step_bytes(plans["file"]))
+    moving, stored = (sum(each.host for each in held[tier]) for tier in ("file", "host"))
+    assert stored - moving == sum(each.file for each in held["file"]) > 0
+    monkeypatch.setattr(capacity, "free_memory", lambda _: device + moving + least_step_bytes(plans["file"]))
     check_memory(plans["file"], 0, range(1), CPU)
     with pytest.raises(UserError, match="the run needs"):
         check_memory(plans["host"], 0, range(1), CPU)
 
 
-def test_zero_3_needs_room_for_the_backbone_of_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(tiny(distributed={"zero_stage": 3}), 2)
-    start = sum(4 * group.elements for group in plan.groups)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_rank_needs_room_for_the_whole_backbone_at_the_start(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    plan = make_plan(tiny(distributed={"zero_stage": stage}), 2)
+    start = sum(4 * group.elements for group in plan.groups) + sum(12 * table.num_rows for table in plan.tables)
     monkeypatch.setattr(capacity, "free_memory", lambda device: 2 * start if device.type == "cpu" else 2**40)
     cuda = torch.device("cuda")
     check_memory(plan, 0, range(2), cuda)
     monkeypatch.setattr(capacity, "free_memory", lambda device: 2 * start - 1 if device.type == "cpu" else 2**40)
-    with pytest.raises(UserError, match="every rank starts with the whole backbone in host memory.* for the 2 of this"):
+    with pytest.raises(UserError, match="each of them has the whole in host memory.* for the 2 of this"):
         check_memory(plan, 0, range(2), cuda)
     check_memory(plan, 0, range(1), cuda)

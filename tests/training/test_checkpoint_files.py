@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from engram.config import Config
 from engram.data.tokenizer import Tokenizer, load_tokenizer
+from engram.distributed.world import World
 from engram.training import checkpoint_files
 from engram.training.checkpoint_files import (
     CheckpointError,
@@ -200,6 +201,43 @@ def test_damage_is_named_with_a_way_out(
     assert f"{folder / name}: {what}" in str(caught.value)
     assert "delete step_000006 and `latest` to go on from step_000003" in str(caught.value)
     verify(folder.with_name("step_000003"))
+
+
+def test_ranks_share_the_files_out(contents: Callable[[int], Contents], tmp_path: Path) -> None:
+    worlds = [World(rank, 3, torch.device("cpu")) for rank in range(3)]
+    found_by: dict[str, list[int]] = {}
+    for name in FILES:
+        folder = save_step(tmp_path, 3, contents(3), keep=1)
+        flip_a_bit(folder / name)
+        for world in worlds:
+            try:
+                verify(folder, world)
+            except CheckpointError as error:
+                assert f"{name}: is damaged" in str(error)
+                found_by.setdefault(name, []).append(world.rank)
+    # One rank reads each, and every rank some.
+    assert found_by.keys() == set(FILES) and all(len(ranks) == 1 for ranks in found_by.values())
+    assert {ranks[0] for ranks in found_by.values()} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "free space on this disk, or lower train.keep_checkpoints"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "free space on this disk"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "free space on this disk"),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "put that right"),
+    ],
+)
+def test_advice_is_about_what_went_wrong(
+    contents: Callable[[int], Contents], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint_files, "save_file", fail)
+    with pytest.raises(CheckpointError, match=f"cannot be written .*: {advice}.*; there is no checkpoint yet"):
+        save_step(tmp_path, 3, contents(3), keep=1)
 
 
 def test_damaged_and_missing_checksums(contents: Callable[[int], Contents], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import train as train_script
 from engram.config import Config, save_config
@@ -85,6 +86,11 @@ def test_two_ranks_train_what_one_process_trains(
     ours, theirs = (open_checkpoint(each.run_dir) for each in (config, alone))
     assert ours.state["optimizer"] == theirs.state["optimizer"]
     assert ours.tensors("optim").shapes() == theirs.tensors("optim").shapes()
+    # Each has written half of the rows of tables that both hold.
+    for kind in ("model", "optim"):
+        written = safe_open(ours.folder / f"{kind}-00001-00000.safetensors", "pt").keys()
+        rows = ours.tensors(kind).shapes()["blocks.1.memory.embed.weight" + "/first_moment" * (kind == "optim")][0]
+        assert sum(f"[{-(-rows // 2)}:{rows}]" in name for name in written if "embed.weight" in name) >= 1
     # Whatever reads a checkpoint reads this one.
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():

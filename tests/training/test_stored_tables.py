@@ -12,7 +12,8 @@ import torch
 from engram.config import Config, ConfigError, UserError
 from engram.config_file import merge
 from engram.data.loader import Batch, Loader
-from engram.training import stored_tables, tensor_files
+from engram.model.transformer import Transformer
+from engram.training import tensor_files
 from engram.training.checkpoint import load_model, model_of, open_checkpoint
 from engram.training.metrics import read_metrics
 from engram.training.trainer import Exit, Trainer
@@ -81,6 +82,23 @@ def test_a_run_goes_on_in_another_tier(make_config: MakeConfig) -> None:
     assert_same_state(whole, moving)
 
 
+def test_batches_are_hashed_once(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, hash_ids = [], Transformer.hash_ids
+
+    def counted(model: Transformer, tokens: torch.Tensor, *others: Any) -> Any:
+        hashed.append(tokens)
+        return hash_ids(model, tokens, *others)
+
+    monkeypatch.setattr(Transformer, "hash_ids", counted)
+    counts = []
+    for tier in (None, "host"):
+        hashed.clear()
+        Trainer(make_config(str(tier), **settings(tier, stop_after=4, eval_every=9))).fit()
+        counts.append(len(hashed))
+    # Of its own the model hashes as often; beside that, each batch once, one of them for a step that never comes.
+    assert counts[1] - counts[0] == 5
+
+
 def test_a_bad_token_of_the_next_batch_is_told_as_one_of_this(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +135,7 @@ def test_state_of_another_shape_is_refused(make_config: MakeConfig, monkeypatch:
     ("changes", "complaint"),
     [
         ({"train": {"tables": {"cache_rows": 700}}}, r"cache_rows is 700, but a step of 128 tokens may read 768 rows"),
+        ({"train": {"tables": {"tier": "file"}, "async_checkpoints": True}}, "copies all rows .* into host memory"),
         ({"eval": {"batch_size": 7}}, r"a batch of an evaluation of 224 tokens may read 1344 rows .* eval.batch_size"),
     ],
 )
@@ -163,7 +182,7 @@ def test_a_model_that_leaves_its_tables_in_the_checkpoint(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tier: str | None
 ) -> None:
     # Pieces of 32 rows each, and files of a few of them.
-    monkeypatch.setattr(stored_tables, "SLICE_BYTES", 1024)
+    monkeypatch.setattr(tensor_files, "SLICE_BYTES", 1024)
     monkeypatch.setattr(tensor_files, "FILE_BYTES", 40_000)
     config = make_config(**settings(tier, stop_after=3))
     assert Trainer(config).fit() is Exit.DONE
