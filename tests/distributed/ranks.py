@@ -30,7 +30,9 @@ def run_ranks(
         ["deepspeed", "torch._dynamo", "engram.training.ranked", "engram.training.ranked_engine"]
     )
     processes = [
-        context.Process(target=_work, args=(rank, size, port, str(folder), timeout_seconds, function, arguments), daemon=True)
+        context.Process(
+            target=_work, args=(rank, size, port, str(folder), timeout_seconds, function, arguments), daemon=True
+        )
         for rank in range(size)
     ]
     for process in processes:
