@@ -8,7 +8,7 @@ BENCH_INSTALLED := $(VENV)/bench-installed
 # Each xdist worker computes with one thread: two-thread torch beside another busy process is many times slower.
 WORKERS ?= 2
 # What `make bench` runs: make bench PART=kernels
-PART ?= training kernels sweep distributed checkpoints
+PART ?= training kernels sweep distributed checkpoints scoring analysis
 
 .PHONY: quickstart test test-slow test-gpu check format bench clean
 

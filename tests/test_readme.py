@@ -211,6 +211,25 @@ def test_stalls_of_checkpoints_equal_the_committed_measurement() -> None:
     assert said in " ".join(README.split())
 
 
+def test_costs_of_looking_inside_equal_the_committed_measurements() -> None:
+    studies, scoring = (
+        [json.loads(line) for line in (ROOT / name).read_text().splitlines()]
+        for part in ("analysis", "scoring")
+        for name in re.findall(rf"\((benchmarks/results/{part}_\S+\.jsonl)\)", README)
+    )
+    assert {row["tokens"] for row in studies} == {100_000}
+    lens, cka = (max(row["median_s"] for row in studies if row["name"].startswith(kind)) for kind in ("Logit", "CKA"))
+    gigabytes = max(row["peak_bytes"] for row in studies) / 1e9
+    best = [
+        min(row["ours_is_faster"] for row in scoring if row["workload"] == workload and row["contender"] != "ours")
+        for workload in dict.fromkeys(row["workload"] for row in scoring)
+    ]
+    first, second, third = (f"{ratio:.1f}" for ratio in best)
+    text = " ".join(README.split())
+    assert f"`logit_lens` {lens:.1f} s and `cka` {cka:.1f} s with at most {gigabytes:.2f} GB" in text
+    assert f"scored {first}, {second} and {third} times as fast" in text
+
+
 def test_kernel_table_states_every_target_as_measured() -> None:
     (path,) = [ROOT / name for name in re.findall(r"\((benchmarks/results/kernels_\S+\.jsonl)\)", README)]
     verdicts = [row for row in map(json.loads, path.read_text().splitlines()) if "target" in row]
