@@ -19,6 +19,9 @@ from pydantic import BaseModel, ValidationError
 class UserError(ValueError):
     """Something the user gave cannot be used: the message names it, the limit, and what to change. Exit status 2."""
 
+    # Of several ranks: whether it befell another one, and all the others raise it too.
+    of_another_rank = False
+
 
 class ConfigError(UserError):
     """A setting that does not exist, has the wrong type, or cannot be combined with another."""

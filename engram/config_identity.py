@@ -24,6 +24,7 @@ FREE = (
     "train.async_checkpoints",
     "train.statistics_every",
     "train.skip_nonfinite",
+    "train.tables",
     "train.wandb",
 )
 # ... and those that change only the order of floating-point sums.
@@ -33,7 +34,6 @@ ROUNDING = (
     "train.compile",
     "train.micro_batch_size",
     "train.activation_checkpointing",
-    "train.tables",
     "distributed",
 )
 # Free for a run folder, but runs are compared by it.

@@ -99,10 +99,15 @@ def make_plan(config: Config, ranks: int) -> Plan:
     return plan
 
 
+def check_launch(config: Config, ranks: int) -> None:
+    """Raises UserError where ranks were started that the config knows nothing of."""
+    if config.distributed is None and ranks > 1:
+        raise UserError(f"{ranks} ranks were started, but distributed is null: give distributed={{}}, or start one")
+
+
 def _check_batch(config: Config, ranks: int) -> None:
+    check_launch(config, ranks)
     if config.distributed is None:
-        if ranks > 1:
-            raise UserError(f"{ranks} ranks were started, but distributed is null: give distributed={{}}, or start one")
         return
     train = config.train
     if train.batch_size % ranks:
@@ -184,21 +189,22 @@ def _check_cache(plan: Plan) -> None:
     assert storage is not None
     steps = ("step", plan.tokens_for_owner, f"train.batch_size (now {config.train.batch_size})")
     evaluations = ("batch of an evaluation", plan.evaluated_tokens, f"eval.batch_size (now {config.eval.batch_size})")
-    for what, tokens, setting in (steps, evaluations):
-        rows, rank, table = max(
-            (
-                (table.rows_at_most(table.ranges[rank], tokens), rank, table)
-                for table in plan.tables
-                for rank in range(plan.ranks)
-            ),
-            key=lambda each: each[0],
+    # The larger need is told, so that one change serves both.
+    rows, rank, table, (what, tokens, setting) = max(
+        (
+            (table.rows_at_most(table.ranges[rank], batch[1]), rank, table, batch)
+            for batch in (steps, evaluations)
+            for table in plan.tables
+            for rank in range(plan.ranks)
+        ),
+        key=lambda each: each[0],
+    )
+    if storage.cache_rows < rows:
+        raise ConfigError(
+            f"train.tables.cache_rows is {storage.cache_rows}, but a {what} of {tokens:,} tokens may read {rows} rows "
+            f"that rank {rank} holds of the {table.name}: raise it to {rows}, or lower {setting} or "
+            f"data.sequence_length (now {config.data.sequence_length})"
         )
-        if storage.cache_rows < rows:
-            raise ConfigError(
-                f"train.tables.cache_rows is {storage.cache_rows}, but a {what} of {tokens:,} tokens may read {rows} "
-                f"rows that rank {rank} holds of the {table.name}: raise it to {rows}, or lower {setting} or "
-                f"data.sequence_length (now {config.data.sequence_length})"
-            )
 
 
 def _check_host_memory(plan: Plan) -> None:

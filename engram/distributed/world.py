@@ -27,6 +27,8 @@ PATIENCE = timedelta(hours=24)
 class RankError(UserError):
     """Another rank cannot go on, or ranks do not fit together."""
 
+    of_another_rank = True
+
 
 @dataclass(frozen=True)
 class World:

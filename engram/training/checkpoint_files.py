@@ -127,7 +127,9 @@ class FolderWriter:
             left = (
                 f"{kept.name} is whole, and the same command resumes from it" if kept else "there is no checkpoint yet"
             )
-            raise CheckpointError(f"{self.folder}: cannot be written ({error}): {advice}; {left}") from error
+            failure = CheckpointError(f"{self.folder}: cannot be written ({error}): {advice}; {left}")
+            failure.of_another_rank = isinstance(error, RankError)
+            raise failure from error
 
 
 def write_folder(folder: Path, contents: Contents, world: World = SINGLE) -> None:

@@ -23,6 +23,10 @@ from engram.training.files import remove_unfinished, sync, unfinished, write_ato
 from engram.training.provenance import provenance
 
 
+# Characters of a setting's value in a message: a section of settings, whole.
+LONGEST = 200
+
+
 class RunFolderError(UserError):
     """A run folder that is in use, belongs to another config, or cannot be written."""
 
@@ -186,4 +190,4 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

@@ -121,7 +121,7 @@ class Trainer:
 
     def _build(self) -> RunState:
         config, world = self.config, self.world
-        plan = make_plan(config, world.size)
+        plan = world.first_says(lambda: make_plan(config, world.size))
         configure_process(config.train)
         device = choose_device(config.train.device, "train.device")
         # One prepares what the others then find.
