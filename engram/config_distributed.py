@@ -13,7 +13,7 @@ class TableStorageConfig(Settings):
     tier: Literal["host", "file"]
     # Rows of each table that are held on the device, with their optimizer state. All rows that a step reads must fit.
     cache_rows: Count
-    # `file`: the folder of the row files; null: `tables` in the run folder.
+    # `file`: the folder of the row files, which have no names there; null: the run folder.
     folder: Name | None = None
     # Bytes that the rows may take in host memory, in GB; null: whatever the machine has.
     host_memory_gb: Positive | None = None

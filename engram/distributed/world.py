@@ -129,7 +129,11 @@ def launched_ranks() -> int:
 
 @contextmanager
 def join_world(device: torch.device, timeout_seconds: int) -> Iterator[World]:
-    """Meet all other ranks; nccl on GPUs, gloo elsewhere. Raises RankError where they cannot be reached."""
+    """Meet all other ranks; nccl on GPUs, gloo elsewhere. Raises RankError where they cannot be reached.
+
+    A message that waits longer than `timeout_seconds` is a RuntimeError with gloo. With nccl, torch's watchdog says so
+    and ends the process itself: an error in Python would take a host that waits for every message.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if device.type == "cuda" else "gloo"

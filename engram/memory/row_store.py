@@ -4,8 +4,10 @@ Files are scratch space of a process, not the state of a run: checkpoints are wr
 new ones.
 """
 
+import errno
 import mmap
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -33,29 +35,31 @@ class HostStore:
 
 
 class FileStore:
-    """Tensors in files on the disk of `folder`, mapped into memory; the operating system keeps what is used often."""
+    """Tensors in files on the disk of `folder`, mapped into memory; the operating system keeps what is used often.
+
+    Files have no name: nobody else can open them, and they are gone when the process is, however it ends.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Zeros, in a file that goes with the process. Raises UserError: a full or read-only disk."""
+        """Zeros. Raises UserError: a folder that cannot be written, or without room."""
         count = torch.Size(shape).numel()
         if not count:
             return torch.zeros(shape, dtype=dtype)
-        path, nbytes = self.folder / f"{name.replace('/', '.')}.rows", count * dtype.itemsize
+        nbytes = count * dtype.itemsize
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "w+b") as file:
-                # Without a name, it is gone when nobody has it mapped, however the process ends.
-                path.unlink()
+            with tempfile.TemporaryFile(dir=self.folder) as file:
                 # Now, not at some step, if there is no space.
                 os.posix_fallocate(file.fileno(), 0, nbytes)
                 mapped = mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise UserError(
-                f"train.tables: {path} cannot hold {nbytes / 1e9:,.2f} GB ({error.strerror}): choose another "
-                "train.tables.folder, or free space there"
+                f"train.tables: {self.folder} cannot hold {nbytes / 1e9:,.2f} GB for {name} ({error.strerror}): choose "
+                f"another train.tables.folder{', or free space there' if full else ''}"
             ) from error
         # Rows of a step lie anywhere: what stands around them is of no use.
         mapped.madvise(mmap.MADV_RANDOM)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 
 from torch.distributed import DistError
@@ -39,13 +40,29 @@ def train_in_world(world: World, config: Config) -> int:
     except RuntimeError as error:
         if not isinstance(error, DistError) and not any(word in str(error) for word in _TRANSPORTS):
             raise
-        reason = str(error).strip().splitlines()[0]
-        print(
-            f"error: rank {world.rank} of {world.size}: another rank is gone ({reason}): see its own output; the same "
-            "command goes on from the newest checkpoint, with fewer ranks too",
-            file=sys.stderr,
-        )
+        print(f"error: {lost_rank(str(error), world, config)}", file=sys.stderr)
         return RANK_LOST
+
+
+def lost_rank(reason: str, world: World, config: Config) -> str:
+    """What to say where a message to or from another rank failed: transports know addresses, not ranks."""
+    assert config.distributed is not None
+    what = "the connection to another rank broke, which is gone: its own output tells why"
+    if "timed out" in reason.lower():
+        what = (
+            f"another rank has not answered for {config.distributed.timeout_seconds} s: if it was only slow, raise "
+            "distributed.timeout_seconds; else its own output tells why"
+        )
+    return (
+        f"rank {world.rank} of {world.size}: {what}; the same command goes on from the newest checkpoint, with fewer "
+        f"ranks too ({_brief(reason)})"
+    )
+
+
+def _brief(reason: str) -> str:
+    """A transport's first line, without the place in its sources and what it guesses."""
+    line = reason.strip().splitlines()[0]
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", line).partition(". ")[0]
 
 
 def agree(world: World, config: Config) -> None:

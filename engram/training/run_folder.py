@@ -22,7 +22,6 @@ from engram.config_identity import FREE, ROUNDING, within
 from engram.training.files import remove_unfinished, sync, unfinished, write_atomically
 from engram.training.provenance import provenance
 
-
 # Characters of a setting's value in a message: a section of settings, whole.
 LONGEST = 200
 

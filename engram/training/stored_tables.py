@@ -62,8 +62,7 @@ class StoredTables:
             return OwnRows(num_rows, width, dtype=dtype, own=own)
         store: HostStore | FileStore = HostStore()
         if stored.tier == "file":
-            folder = Path(stored.folder).expanduser() if stored.folder else Path(self._config.run_dir) / "tables"
-            store = FileStore(folder / f"rank_{self._world.rank:05d}")
+            store = FileStore(Path(stored.folder or self._config.run_dir).expanduser())
         return CachedRows(
             num_rows, width, dtype=dtype, own=own, slots=stored.cache_rows, store=store, name=_name(layer)
         )

@@ -156,10 +156,17 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
-        UserError, match=r"weight\.rows cannot hold 0\.00 GB \(No space left on device\): choose another"
+        UserError,
+        match=r"cannot hold 0\.00 GB for weight \(No space left on device\): .*, or free space there",
     ):
         FileStore(tmp_path).allocate("weight", (1000, 3), torch.float32)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text("mine")
+    with pytest.raises(UserError, match=r"rows cannot hold .*exists\): choose another train\.tables\.folder$"):
+        FileStore(tmp_path / "rows").allocate("weight", (1000, 3), torch.float32)
 
 
 def test_a_flush_takes_no_copy_of_the_whole_cache(monkeypatch: pytest.MonkeyPatch) -> None:

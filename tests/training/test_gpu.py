@@ -9,7 +9,7 @@ import torch
 
 from engram.config import Config, UserError
 from engram.training import engine
-from engram.training.capacity import free_memory
+from engram.training.free_memory import free_memory
 from engram.training.trainer import Exit, Trainer
 from tests.training.conftest import assert_same_checkpoint, metrics_of
 

@@ -21,14 +21,16 @@ from engram.distributed.world import RankError, World
 from engram.model.transformer import Transformer
 from engram.training.checkpoint import load_model, open_checkpoint
 from engram.training.checkpoint_files import verify
+from engram.training.launch import refuse
 from engram.training.metrics import read_metrics
-from engram.training.ranked import RANK_LOST, agree, train_in_world
+from engram.training.ranked import RANK_LOST, agree, lost_rank, train_in_world
 from engram.training.tensor_files import TensorFiles
 from engram.training.trainer import Trainer
 from tests.distributed.ranks import run_ranks, values
 
 MakeConfig = Callable[..., Config]
 STEPS = 9
+ROOT = Path(train_script.__file__).parent
 
 
 def settings(stage: int | None, **train: Any) -> dict[str, Any]:
@@ -310,3 +312,69 @@ def test_a_run_folder_in_use_is_refused_on_all_ranks(make_config: MakeConfig, tm
     (Path(config.run_dir) / "notes.txt").write_text(json.dumps("mine"))
     for error in run_ranks(2, train_in_world, config, folder=tmp_path):
         assert "holds files, but no run" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said", "left"),
+    [
+        (
+            "[/src/gloo/pair.cc:537] Read error [127.0.0.1]:7569: Connection reset by peer. This is typically",
+            "rank 1 of 3: the connection to another rank broke, which is gone: its own output tells why; the same",
+            "(Read error [127.0.0.1]:7569: Connection reset by peer)",
+        ),
+        (
+            "[/src/gloo/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete\nmore",
+            "another rank has not answered for 7 s: if it was only slow, raise distributed.timeout_seconds",
+            "(Timed out waiting 5000ms for recv operation to complete)",
+        ),
+    ],
+)
+def test_what_is_said_of_a_lost_rank(make_config: MakeConfig, reason: str, said: str, left: str) -> None:
+    config = make_config("lost", **(settings(1) | {"distributed": {"timeout_seconds": 7}}))
+    text = lost_rank(reason, World(1, 3, torch.device("cpu")), config)
+    assert said in text and text.endswith(f"goes on from the newest checkpoint, with fewer ranks too {left}")
+
+
+def latest_of(world: World, config: Config, seen: list[str]) -> int:
+    """Each rank sees a `latest` of its own, as on a shared disk that is slow to tell."""
+    from engram.training import trainer
+
+    trainer.latest_checkpoint = lambda _: Path(config.run_dir) / seen[world.rank]  # type: ignore[assignment]
+    return train_in_world(world, config)
+
+
+def test_all_go_on_from_what_the_first_rank_sees(make_config: MakeConfig, alone: Config, tmp_path: Path) -> None:
+    on_ranks(1, make_config("seen", **settings(1, stop_after=6)), tmp_path)
+    config = make_config("seen", **settings(1))
+    (folder := tmp_path / "results").mkdir()
+    assert values(run_ranks(2, latest_of, config, ["step_000006", "step_000003"], folder=folder)) == [0, 0]
+    assert "going on from" in (log := (Path(config.run_dir) / "log.txt").read_text()) and "step_000003" not in log
+    assert_same_course(config, alone)
+
+
+@pytest.mark.parametrize("module", ["deepspeed", "no_such_engine"])
+def test_an_exit_after_deepspeed_takes_no_interpreter_down(module: str) -> None:
+    program = (
+        "import atexit, sys, types\n"
+        f"sys.modules[{module!r}] = types.ModuleType({module!r})\n"
+        "from engram.training.launch import leave\n"
+        "atexit.register(print, 'taken down')\n"
+        "print('done', end=' ')\n"
+        "leave(3)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 3
+    assert ended.stdout.strip() == ("done" if module == "deepspeed" else "done taken down")
+
+
+def test_what_all_ranks_find_one_of_each_machine_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        assert train_script.main(["configs/no_such_file.yaml"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
+        assert refuse(RankError("rank 7: full"), RankError.of_another_rank) == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
+        assert refuse(UserError("full"), UserError.of_another_rank) == 2
+        assert capsys.readouterr().err == "error: full\n"
