@@ -4,6 +4,7 @@ Exit status: 0 done, 2 wrong input (one message), 130 interrupted.
 """
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -54,7 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0].endswith((".yaml", ".yml")):
         # `python -m eval configs/eval/tiny.yaml --checkpoint DIR ...`
         given.insert(0, "suite")
-    options = _parser().parse_args(given)
+    parser = _parser()
+    if given and not given[0].startswith("-") and given[0] not in TASKS:
+        near = difflib.get_close_matches(given[0], TASKS, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        parser.error(f"there is no task {given[0]!r}{hint} (tasks are {', '.join(TASKS)})")
+    options = parser.parse_args(given)
     try:
         options.run(options)
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """The folder that an evaluation writes into."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,16 @@ from typing import Any
 
 from engram.config import UserError
 from engram.training.files import write_atomically
+
+
+def check_out(out: Path) -> None:
+    """Before anything is measured. Raises UserError where `out` is no folder, nor can become one."""
+    if out.is_file():
+        raise UserError(f"{out}: is a file: name a folder with --out")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written into" if there.is_dir() else "is a file"
+        raise UserError(f"{out}: {there} {what}: name another folder with --out")
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from eval.progress import progress
 from eval.sides import Run, of_side, open_runs
 
 DRAWS = 2000
+# Positions of a batch, one of which is left out for each interval.
+LEAST = 5
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def study(
     runs, tokenizer = open_runs(sides)
     names = list(sides)
     model, baseline = (of_side(runs, side) for side in names)
+    if settings.batch < LEAST:
+        raise UserError(f"--batch {settings.batch}: CKA of a batch needs 4 positions, its interval {LEAST}: raise it")
     if len(baseline) < len(model):
         raise UserError(
             f"{len(model)} checkpoints, but {len(baseline)} baselines: give each checkpoint a baseline of its own; "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engram.config import UserError, WorldConfig
 from eval.commands.options import add_machine, level, names, seed
+from eval.output import check_out
 
 HELP = "recall of invented facts by exposures, and reading, with known chance; --certify checks the questions"
 
@@ -36,8 +37,7 @@ def run(options: argparse.Namespace) -> None:
         return
     if not options.checkpoint or options.out is None:
         raise UserError("facts are asked of models: give --checkpoint and --out, or --certify to check the questions")
-    if options.out.is_file():
-        raise UserError(f"{options.out}: is a file: name a folder with --out")
+    check_out(options.out)
     from rich.console import Console
 
     from eval.facts.study import Settings, study

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engram.config import UserError
 from eval.commands.options import add_checkpoint, count
+from eval.output import check_out
 
 HELP = "the memory's gates: heat maps of a text or of documents, the long table, a score for each layer and stream"
 
@@ -60,6 +61,7 @@ def _documents(options: argparse.Namespace) -> None:
 
     if options.out.suffix.lower() in (".html", ".htm") or options.out.is_file():
         raise UserError(f"{options.out}: --documents writes a folder of tables and figures: name a folder with --out")
+    check_out(options.out)
     loaded = load(options.checkpoint, options.device, "float32", options.threads)
     dataset = open_split(options.data or loaded.config.data.path, loaded.tokenizer, options.split)
     print("\n".join(study(loaded, dataset, options.out, options.documents, options.length, options.show)))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engram.config import UserError
 from eval.commands.options import add_machine, level, seed
+from eval.output import check_out
 
 
 def add_pair(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +35,7 @@ def pair_of(options: argparse.Namespace) -> tuple[dict[str, str], str | None]:
         raise UserError(f"both models are called {options.name!r}: give another --name or --baseline-name")
     if options.match and not options.baseline:
         raise UserError(f"--match {options.match} needs another run to match with: give one with --baseline")
-    if options.out.is_file():
-        raise UserError(f"{options.out}: is a file: name a folder with --out")
+    check_out(options.out)
     checkpoints, note = {options.name: options.checkpoint}, None
     if options.match:
         found = match(options.checkpoint, options.baseline, options.match)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from engram.config import UserError
 from eval.commands.options import add_machine, count, level, names, seed
+from eval.output import check_out
 
 HELP = "what tasks and the loss lose when the memory is switched off or changed"
 
@@ -50,8 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from eval.sensitivity.tasks import check_tasks
 
     check_tasks(options.tasks)
-    if options.out.is_file():
-        raise UserError(f"{options.out}: is a file: name a folder with --out")
+    check_out(options.out)
     settings = Settings(
         tasks=options.tasks,
         modes=options.modes,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engram.config import UserError
 from eval.commands.options import add_machine, count, level, seed
+from eval.output import check_out
 
 
 def add_sides(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,6 @@ def sides_of(options: argparse.Namespace) -> dict[str, Sequence[str]]:
     """Paths by the name of their side. Raises UserError for equal names, and for an --out that is a file."""
     if options.baseline and options.name == options.baseline_name:
         raise UserError(f"both sides are called {options.name!r}: give another --name or --baseline-name")
-    if options.out.is_file():
-        raise UserError(f"{options.out}: is a file: name a folder with --out")
+    check_out(options.out)
     sides: dict[str, Sequence[str]] = {options.name: options.checkpoint}
     return sides | ({options.baseline_name: options.baseline} if options.baseline else {})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engram.config import UserError
 from eval.commands.options import add_checkpoint, count
+from eval.output import check_out
 
 HELP = "all tasks of a suite's file on a checkpoint, and beside a baseline"
 
@@ -32,8 +33,7 @@ def run(options: argparse.Namespace) -> None:
     from eval.suites.settings import load_suite
 
     suite = load_suite(options.suite)
-    if options.out.is_file():
-        raise UserError(f"{options.out}: is a file: name a folder with --out")
+    check_out(options.out)
     if options.match and (not options.baseline or options.last > 1):
         raise UserError(f"--match {options.match} chooses one checkpoint beside --baseline: give it, without --last")
 

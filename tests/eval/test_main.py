@@ -207,3 +207,24 @@ def test_wrong_usage_is_status_two(arguments: list[str], capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_the_nearest_task(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["logit_len", "--checkpoint", "x"])
+    assert ended.value.code == 2
+    assert "there is no task 'logit_len': did you mean logit_lens? (tasks are report, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper/out"])
+def test_an_out_that_cannot_be_is_told_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    # No checkpoint is there: that would be told next.
+    where = ["--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path / place)]
+    for task in (["logit_lens"], ["sensitivity"], ["ruler"], ["suite", "configs/eval/tiny.yaml"]):
+        assert main([*task, *where]) == 2
+        assert f"{tmp_path / 'file'}" in (told := capsys.readouterr().err) and "is a file: name a" in told.replace(
+            "another", "a"
+        )
