@@ -6,7 +6,8 @@ lm-eval's own cache leaves the model out of its key, so that a second checkpoint
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +28,43 @@ class ScoreCache:
 
     def __init__(self, path: Path | None, loaded: Loaded) -> None:
         self._identity = identity(loaded)
+        self._path = path
         self._connection = None
         if path is None:
             return
-        try:
+        with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path)
             self._connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
-        except (OSError, sqlite3.Error) as error:
-            raise UserError(f"{path}: cannot be used as a cache ({error}): name another file with --cache") from None
 
     def get(self, requests: Sequence[Any]) -> dict[int, Any]:
-        """Answers that are known, by the request's place."""
+        """Answers that are known, by the request's place. Raises UserError: a damaged file."""
         if self._connection is None:
             return {}
         found: dict[int, Any] = {}
-        for place, request in enumerate(requests):
-            row = self._connection.execute("SELECT answer FROM answers WHERE key = ?", (self._key(request),)).fetchone()
-            if row is not None:
-                found[place] = json.loads(row[0])
+        ask = "SELECT answer FROM answers WHERE key = ?"
+        with self._explained():
+            for place, request in enumerate(requests):
+                if (row := self._connection.execute(ask, (self._key(request),)).fetchone()) is not None:
+                    found[place] = json.loads(row[0])
         return found
 
     def put(self, answers: Iterable[tuple[Any, Any]]) -> None:
-        """Keep pairs of request and answer."""
+        """Keep pairs of request and answer. Raises UserError: a full disk, a damaged file."""
         if self._connection is None:
             return
         rows = [(self._key(request), json.dumps(answer)) for request, answer in answers]
-        with self._connection:
+        with self._explained(), self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{self._path}: cannot be used as a cache ({error}): delete it, or name another file with --cache"
+            ) from None
 
     def close(self) -> None:
         if self._connection is not None:

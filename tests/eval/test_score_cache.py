@@ -57,3 +57,19 @@ def test_a_file_that_is_no_cache(loaded: Loaded, tmp_path: Path) -> None:
     path.write_text("these are notes, and no database of anything " * 50)
     with pytest.raises(UserError, match="name another file with --cache"):
         ScoreCache(path, loaded)
+
+
+def test_a_page_that_is_damaged(loaded: Loaded, tmp_path: Path) -> None:
+    path = tmp_path / "cache.sqlite"
+    cache = ScoreCache(path, loaded)
+    cache.put([(number, "x" * 100) for number in range(300)])
+    cache.close()
+    content = bytearray(path.read_bytes())
+    # The first page tells what tables there are; the others hold them.
+    content[4096:] = bytes(0x5A ^ byte for byte in content[4096:])
+    path.write_bytes(content)
+    again = ScoreCache(path, loaded)
+    for use in (lambda: again.get(range(300)), lambda: again.put([(7, "y")])):
+        with pytest.raises(UserError, match="cannot be used as a cache .*: delete it, or name another file"):
+            use()
+    again.close()
