@@ -187,7 +187,7 @@ def test_a_model_has_the_loss_and_gradients_of_one_process(
             whole = expected[name]
             if ".experts." in name:
                 whole = whole.chunk(expert_ranks)[rank % expert_ranks]
-            close(gradient, whole, f"{name} of rank {rank}", 2e-6)
+            close(gradient, whole, f"{name} of rank {rank}", 5e-6)
 
 
 @pytest.mark.parametrize(
