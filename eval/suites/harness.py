@@ -22,6 +22,8 @@ from eval.scoring import Request, score
 from eval.stepwise import Question, answer
 
 MAX_NEW_TOKENS = 256
+# Answers that are computed before they are kept: many enough to share their beginnings and to fill batches.
+KEPT_AT_ONCE = {"loglikelihood": 2048, "generate_until": 256}
 
 
 @dataclass
@@ -172,13 +174,19 @@ class EngramLM(TemplateLM):
         keys = [[kind, _plain(one)] for one in asked]
         # One process reads the file, so that all agree on what is still to be computed.
         known = ranks.shared(self._cache.get(keys) if ranks.world()[0] == 0 else {})
-        missing = [place for place in range(len(asked)) if place not in known]
         if self._advance is not None and known:
             self._advance(len(known))
-        found = find([asked[place] for place in missing]) if missing else []
-        if ranks.world()[0] == 0:
-            self._cache.put((keys[place], one) for place, one in zip(missing, found, strict=True))
-        known.update(zip(missing, found, strict=True))
+        # Neighbours have much in common, and are asked together.
+        missing = sorted(
+            (place for place in range(len(asked)) if place not in known), key=lambda place: _order(asked[place])
+        )
+        at_once = KEPT_AT_ONCE[kind]
+        for some in (missing[start : start + at_once] for start in range(0, len(missing), at_once)):
+            found = find([asked[place] for place in some])
+            # What is interrupted later has these.
+            if ranks.world()[0] == 0:
+                self._cache.put((keys[place], one) for place, one in zip(some, found, strict=True))
+            known.update(zip(some, found, strict=True))
         return [known[place] for place in range(len(asked))]
 
     def _score(self, asked: Sequence[Any]) -> list[Any]:
@@ -196,6 +204,10 @@ class EngramLM(TemplateLM):
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation
+
+
+def _order(request: Any) -> tuple[int, ...]:
+    return request.prompt if isinstance(request, Question) else request[0]
 
 
 def _plain(request: Any) -> Any:

@@ -18,6 +18,8 @@ from eval.benchmarks.manifest import read_manifest
 from eval.loading import Loaded, load
 from eval.results import Item
 from eval.score_cache import ScoreCache
+from eval.scoring import score
+from eval.suites import harness
 from eval.suites.harness import EngramLM
 from eval.suites.lm_run import answer_items, items_of, run_tasks, write_lm_eval_files
 from eval.suites.lm_tasks import LocalTask, lm_eval_tasks, task_files, write_tasks
@@ -155,6 +157,33 @@ def test_the_cache_answers_once_for_each_checkpoint(loaded: Loaded, other: Loade
     theirs = adapter(other, path).loglikelihood(asked)
     assert theirs == adapter(other).loglikelihood(asked)
     assert all(abs(a[0] - b[0]) > 1e-3 for a, b in zip(first, theirs, strict=True))
+
+
+def test_what_an_interrupted_evaluation_has_answered_is_kept(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = tmp_path / "cache.sqlite", instances("loglikelihood", PAIRS)
+    expected = adapter(loaded).loglikelihood(asked)
+    monkeypatch.setitem(harness.KEPT_AT_ONCE, "loglikelihood", 2)
+    scored: list[int] = []
+
+    def interrupted(model: Any, requests: Any, **settings: Any) -> Any:
+        if scored == [2]:
+            raise KeyboardInterrupt
+        scored.append(len(requests))
+        return score(model, requests, **settings)
+
+    monkeypatch.setattr(harness, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapter(loaded, path).loglikelihood(asked)
+    scored.clear()
+    monkeypatch.setattr(
+        harness, "score", lambda *given, **settings: scored.append(len(given[1])) or score(*given, **settings)
+    )
+    again = adapter(loaded, path).loglikelihood(asked)
+    # Of five, two are one question, which was answered with another one.
+    assert scored == [2]
+    assert [logprob for logprob, _ in again] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ whole tasks, offline
