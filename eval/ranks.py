@@ -6,6 +6,7 @@ Every process holds the whole model and reads the same requests; each scores its
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -23,7 +24,8 @@ def together() -> Iterator[int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Only scores travel between processes, as Python objects: there is nothing for NCCL to do.
-    distributed.init_process_group("gloo")
+    # Who has less to do waits, however long; a process that is gone is noticed at once even so.
+    distributed.init_process_group("gloo", timeout=timedelta(hours=24))
     try:
         yield distributed.get_rank()
     finally:

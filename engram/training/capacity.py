@@ -35,7 +35,9 @@ def check_memory(plan: Plan, rank: int, here: Sequence[int], device: torch.devic
     who = f"the {len(here)} ranks of this machine need" if shared and len(here) > 1 else "the run needs"
     message = f"{who} {_gib(needed)} for weights, gradients and optimizer state"
     if free is not None and needed > free:
-        raise UserError(f"{message}, but only {_gib(free)} are free on {device.type}: {SMALLER}")
+        storage = plan.config.train.tables
+        filed = "set train.tables.tier to file, or " if shared and storage and storage.tier == "host" else ""
+        raise UserError(f"{message}, but only {_gib(free)} are free on {device.type}: {filed}{SMALLER}")
     if free is not None and needed + step > free:
         raise UserError(
             f"{message}, and {_gib(step)} or more for a training step, but only {_gib(free)} are free on "
