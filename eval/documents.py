@@ -1,5 +1,8 @@
 """The texts that analyses read: whole documents of a prepared split, so that bootstraps draw documents, not tokens."""
 
+import hashlib
+from collections.abc import Sequence
+
 from engram.config import UserError
 from engram.data.shards import Dataset
 
@@ -31,3 +34,9 @@ def read_documents(
             "allow more tokens, or give other data"
         )
     return documents
+
+
+def document_id(place: int, document: Sequence[int]) -> str:
+    """Its place and a digest of its tokens: equal for two models where they read the same text in the same tokens."""
+    digest = hashlib.sha256(",".join(map(str, document)).encode()).hexdigest()
+    return f"document {place}:{digest[:12]}"

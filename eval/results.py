@@ -11,6 +11,11 @@ from typing import Any
 from engram.training.files import write_atomically
 from eval.output import write_provenance
 
+_LOSSES = frozenset(
+    ("loss", "document_loss", "document_key_loss", "nats_per_token", "bits_per_byte", "gold_bits_per_byte")
+    + ("perplexity", "long_ppl", "byte_perplexity", "word_perplexity")
+)
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -29,31 +34,56 @@ class Metric:
 
 @dataclass(frozen=True)
 class Item:
-    """One scored item: `id` is equal for the same question to any model, so that two models can be paired by it."""
+    """One scored item: `id` is equal for the same question to any model, so that two models can be paired by it.
+
+    `weight`: tokens or bytes, where the value is a mean over them. `unit`: what bootstraps draw, such as a passage that
+    several questions are about; empty: the item itself.
+    """
 
     task: str
     id: str
     metric: str
     value: float
     group: str = ""
+    weight: float = 1.0
+    unit: str = ""
+
+
+def is_loss(metric: str) -> bool:
+    """Whether smaller is better."""
+    return metric.partition(",")[0] in _LOSSES
 
 
 def summarise(items: Iterable[Item], **settings: Any) -> list[Metric]:
-    """The mean of each task's metric over its items, with the standard error of a mean, in order of appearance."""
-    values: dict[tuple[str, str, str], list[float]] = {}
+    """The weighted mean of each task's metric over its items, with its standard error, in order of appearance."""
+    found: dict[tuple[str, str, str], list[Item]] = {}
     for item in items:
-        values.setdefault((item.task, item.metric, item.group), []).append(item.value)
+        found.setdefault((item.task, item.metric, item.group), []).append(item)
     return [
-        Metric(task, metric, *_mean(found), len(found), group, **settings)
-        for (task, metric, group), found in values.items()
+        Metric(*key[:2], *_mean(own), len(own), key[2], **{"higher_is_better": not is_loss(key[1]), **settings})
+        for key, own in found.items()
     ]
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    n, mean = len(values), math.fsum(values) / len(values)
+def by_unit(items: Iterable[Item]) -> tuple[list[float], list[float]]:
+    """Sums of value x weight, and of weights, of each unit that bootstraps draw."""
+    sums: dict[str, list[float]] = {}
+    for number, item in enumerate(items):
+        unit = sums.setdefault(item.unit or f"item {number}", [0.0, 0.0])
+        unit[0] += item.value * item.weight
+        unit[1] += item.weight
+    return [value for value, _ in sums.values()], [weight for _, weight in sums.values()]
+
+
+def _mean(items: Sequence[Item]) -> tuple[float, float]:
+    """The ratio of sums over units, and its standard error."""
+    values, weights = by_unit(items)
+    n, total = len(values), math.fsum(weights)
+    mean = math.fsum(values) / total
     if n < 2:
         return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    squares = math.fsum((value - mean * weight) ** 2 for value, weight in zip(values, weights, strict=True))
+    return mean, math.sqrt(squares * n / (n - 1)) / total
 
 
 def write_results(

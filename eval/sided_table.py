@@ -17,6 +17,9 @@ from eval.sides import Run
 
 # What stands for all runs of a side.
 ALL = "all"
+# Runs of each side from which on a difference is said of recipes.
+SEEDS = 3
+IN_THESE_RUNS = "in these runs"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class Estimate:
     run: int | None
     interval: Interval
     is_difference: bool = False
+    # Of a difference: the runs of the side that has fewer.
+    runs: int = 0
+
+    @property
+    def verdicts(self) -> list[str | None]:
+        """Of each number: `yes`, `no`, or where there are too few seeds to speak of recipes `in these runs`."""
+        if not self.is_difference:
+            return [None] * self.interval.mean.size
+        yes = "yes" if self.runs >= SEEDS else IN_THESE_RUNS
+        return [yes if resolved else "no" for resolved in self.interval.resolved.ravel().tolist()]
 
 
 def estimates(runs: Sequence[Run], samples: Sequence[Sample], level: float) -> list[Estimate]:
@@ -44,7 +57,8 @@ def compared(runs: Sequence[Run], samples: Sequence[Sample], level: float) -> Es
     if len(names) < 2:
         return None
     first, second = (_of(runs, samples, name) for name in names)
-    return Estimate(f"{names[0]} - {names[1]}", None, difference(first, second, level), True)
+    fewer = min(len(first), len(second))
+    return Estimate(f"{names[0]} - {names[1]}", None, difference(first, second, level), True, fewer)
 
 
 def side_names(runs: Sequence[Run]) -> list[str]:
@@ -73,10 +87,9 @@ def rows(found: Sequence[Estimate], runs: Sequence[Run], keys: Sequence[dict[str
             "seed": None if run is None else run.seed,
         }
         ends = (one.interval.mean, one.interval.low, one.interval.high)
-        verdicts = np.where(one.interval.resolved, "yes", "no") if one.is_difference else [None] * len(keys)
-        for key, mean, low, high, verdict in zip(keys, *(end.tolist() for end in ends), verdicts, strict=True):
+        for key, mean, low, high, verdict in zip(keys, *(end.tolist() for end in ends), one.verdicts, strict=True):
             number = {"mean": _cell(mean), "low": _cell(low), "high": _cell(high)}
-            table.append({**who, **key, **number, "resolved": None if verdict is None else str(verdict)})
+            table.append({**who, **key, **number, "resolved": verdict})
     return table
 
 

@@ -12,10 +12,13 @@ import torch
 
 from engram.inference.cache import Decoder
 from engram.inference.generate import choose
+from eval import ranks
 from eval.loading import Loaded
 
 # Rows that are answered together, and how often their texts are searched for the end.
 BATCH_ROWS = 32
+# Tokens of prompts that are read at once, with what fills up their equal beginnings.
+MAX_TOKENS = 2**15
 _LOOK_EVERY = 8
 
 
@@ -44,13 +47,26 @@ def answer(loaded: Loaded, questions: Sequence[Question], advance: Callable[[int
     start = 0
     while start < len(order):
         first = questions[order[start]]
-        batch = [i for i in order[start : start + BATCH_ROWS] if _sampling(questions[i]) == _sampling(first)]
+        some = order[start : start + BATCH_ROWS]
+        # Longer ones come later: the last one that fits bounds them all.
+        fitting = [i for rows, i in enumerate(some, 1) if rows * len(questions[i].prompt) <= MAX_TOKENS] or some[:1]
+        batch = [i for i in fitting if _sampling(questions[i]) == _sampling(first)]
         for index, text in zip(batch, _answer_batch(loaded, [questions[i] for i in batch]), strict=True):
             answers[index] = text
         if advance is not None:
             advance(len(batch))
         start += len(batch)
     return answers
+
+
+def answer_together(
+    loaded: Loaded, questions: Sequence[Question], advance: Callable[[int], None] | None = None
+) -> list[str]:
+    """`answer`, where the processes that torchrun started divide the questions among themselves."""
+    own = ranks.own_part([len(one.prompt) + one.max_new_tokens for one in questions])
+    texts = answer(loaded, questions[own.start : own.stop], advance)
+    found = ranks.merged(dict(zip(own, texts, strict=True)))
+    return [found[place] for place in range(len(questions))]
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

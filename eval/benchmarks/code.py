@@ -55,7 +55,7 @@ CODE_TASKS: dict[str, CodeTask] = {
     "cruxeval_output": CodeTask(
         lambda row, shots: f"{row['code']}\n\nassert f({row['input']}) ==",
         ("\n",),
-        lambda row, answer: f"{row['code']}\nassert f({row['input']}) == ({answer.strip()})\n",
+        lambda row, answer: f"{row['code']}\nassert f({row['input']}) == ({answer.strip()}\n)\n",
         64,
     ),
 }

@@ -17,12 +17,16 @@ Converter = Callable[[str], Iterator[Row]]
 
 def lines(text: str) -> Iterator[Row]:
     """JSON lines, as they are."""
-    for line in text.splitlines():
-        if line.strip():
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"a line holds {type(row).__name__}, but each must be one JSON object")
-            yield row
+    for line in lines_of(text):
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"a line holds {type(row).__name__}, but each must be one JSON object")
+        yield row
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines that hold something. Unlike `splitlines`, strings of JSON may hold other ends of lines, such as U+2028."""
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def c3(text: str) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engram.config import UserError
-from eval.benchmarks.convert import Row
+from eval.benchmarks.convert import Row, lines_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _member(file: Path, path: str) -> bytes:
 
 
 def _mmlu(data: bytes) -> Iterator[tuple[str, Row]]:
-    for line in data.decode().splitlines():
+    for line in lines_of(data.decode()):
         row = json.loads(line)
         # Two of its 14,044 rows are headers of the files that it was made from.
         if row["correct_answer"] == "answer":
@@ -80,7 +80,7 @@ def _mmlu(data: bytes) -> Iterator[tuple[str, Row]]:
 
 
 def _humaneval(data: bytes) -> Iterator[tuple[str, Row]]:
-    for line in gzip.decompress(data).decode().splitlines():
+    for line in lines_of(gzip.decompress(data).decode()):
         yield "", json.loads(line)
 
 

@@ -37,9 +37,10 @@ def pair_of(options: argparse.Namespace) -> tuple[dict[str, str], str | None]:
         raise UserError(f"--match {options.match} needs another run to match with: give one with --baseline")
     check_out(options.out)
     checkpoints, note = {options.name: options.checkpoint}, None
-    if options.match:
-        found = match(options.checkpoint, options.baseline, options.match)
-        checkpoints[options.name], note = str(found.folder), f"matched by {options.match}: {found}"
     if options.baseline:
         checkpoints[options.baseline_name] = options.baseline
+    if options.match:
+        found = match(options.checkpoint, options.baseline, options.match)
+        checkpoints = {options.name: str(found.folder), options.baseline_name: str(found.other)}
+        note = f"matched by {options.match}: {found}"
     return checkpoints, note

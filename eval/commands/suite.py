@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
 
     from eval import ranks
     from eval.matching import match
-    from eval.suites.check import check_suite
+    from eval.suites.check import check_suite, check_texts
     from eval.suites.compare import compare, overall
     from eval.suites.page import write_page
     from eval.suites.run import Options, checkpoints, run_suite
@@ -52,8 +52,10 @@ def run(options: argparse.Namespace) -> None:
     note = None
     if options.match:
         found = match(options.checkpoint, options.baseline, options.match)
-        sides["model"], note = str(found.folder), f"matched by {options.match}: {found}"
-    settings = Options(options.out, options.last, options.cache, options.device, options.threads, note)
+        sides = {"model": str(found.folder), "baseline": str(found.other)}
+        note = f"matched by {options.match}: {found}"
+    texts = check_texts(suite, list(sides.values()))
+    settings = Options(options.out, options.last, options.cache, options.device, options.threads, note, texts)
     for path in sides.values():
         checkpoints(path, options.last)
     with ranks.together() as rank:
@@ -78,3 +80,9 @@ def run(options: argparse.Namespace) -> None:
         resolved = sum(one.verdict != "not resolved" for one in whole)
         print(f"{resolved} of {len(whole)} differences resolved at {suite.level:.0%}")
     print(page)
+    failed = {f"{one.label}, {task}": why for series in outcomes for one in series for task, why in one.failed.items()}
+    if failed:
+        raise UserError(
+            f"{len(failed)} task{'s were' if len(failed) > 1 else ' was'} not measured; what is said of the others stands:\n  "
+            + "\n  ".join(f"{name}: {why}" for name, why in failed.items())
+        )

@@ -30,6 +30,7 @@ class Shift:
     by_block: Interval
     mean: Interval
     described: str
+    runs: int
 
 
 def measure_shift(
@@ -69,16 +70,16 @@ def measure_shift(
     shifts = [alignment.shift for alignment in found]
     means = [Sample(shift.value.mean(-1), shift.draws.mean(-1)) for shift in shifts]
     name = f"{sides[0]} - {sides[1]}"
-    return Shift(name, over_runs(shifts, settings.level), over_runs(means, settings.level), described)
+    return Shift(name, over_runs(shifts, settings.level), over_runs(means, settings.level), described, len(found))
 
 
 def shift_rows(shift: Shift, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """One row for each block, as in the tables of blocks."""
     keys = [{"measure": SCALAR, "part": "block", "layer": j, "later": None} for j in range(len(shift.by_block.mean))]
-    yield from rows([Estimate(shift.side, None, shift.by_block, True)], runs, keys)
+    yield from rows([Estimate(shift.side, None, shift.by_block, True, shift.runs)], runs, keys)
 
 
 def shift_scalar_rows(shift: Shift, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """The mean over blocks, as in the tables of scalars."""
     mean = Interval(*(np.atleast_1d(end) for end in (shift.mean.mean, shift.mean.low, shift.mean.high)))
-    yield from rows([Estimate(shift.side, None, mean, True)], runs, [{"scalar": SCALAR, "unit": "blocks"}])
+    yield from rows([Estimate(shift.side, None, mean, True, shift.runs)], runs, [{"scalar": SCALAR, "unit": "blocks"}])

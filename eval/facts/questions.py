@@ -44,6 +44,8 @@ KINDS: dict[str, Kind] = {
     "variables": "reading",
 }
 SETS = tuple(KINDS)
+# What guessing among the towns that a prompt names scores: reading begins above it.
+NAMED_CHANCE = {"context_fact": 1 / 2, "niah": 1 / 3, "variables": 1 / 3}
 # Facts of one level that are asked, and questions of a set without levels.
 PER_LEVEL = 64
 PER_SET = 256

@@ -19,7 +19,7 @@ import numpy as np
 
 from engram.config import Config, UserError
 from engram.data.world import World, build_world
-from eval.facts.questions import KINDS, SETS, Question, ask
+from eval.facts.questions import KINDS, NAMED_CHANCE, SETS, Question, ask
 from eval.loading import Loaded
 from eval.results import Item
 from eval.scoring import Request, score
@@ -72,7 +72,7 @@ def facts_items(
 def facts_suite(loaded: Loaded) -> Suite:
     """The sets as `python -m eval sensitivity` asks them. Raises UserError as `facts_items` does."""
     world = world_of(loaded.config)
-    chance = dict.fromkeys(SETS, 1 / len(world.towns))
+    chance = {name: max(1 / len(world.towns), NAMED_CHANCE.get(name, 0.0)) for name in SETS}
     return Suite("facts", partial(facts_items, world=world), "accuracy", chance, KINDS)
 
 

@@ -61,6 +61,10 @@ def matched_auc(
     pairs_DD = np.zeros((num_documents, num_documents))
     for marked, control in groups:
         pairs_DD += np.outer(*(np.bincount(document_N[part], minlength=num_documents) for part in (marked, control)))
+    if np.count_nonzero(pairs_DD.any(0) | pairs_DD.any(1)) < 2:
+        # One document tells no spread.
+        wins = (_wins(scores_N, groups, document_N, num_documents).sum() for scores_N in scores_SN)
+        return [Auc(float(won / pairs_DD.sum()), np.nan, np.nan) for won in wins]
     weights_RD = np.concatenate(list(draw_counts(num_documents, draws, seed)))
     pairs_R = np.einsum("rd,rd->r", weights_RD @ pairs_DD, weights_RD)
     drawn = pairs_R > 0

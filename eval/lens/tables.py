@@ -11,7 +11,7 @@ import numpy as np
 from eval.lens.logit_lens import METRICS, Lens
 from eval.lens.threshold_depth import SCALARS, TAU, curve_sample, normalised, scalars
 from eval.over_runs import Sample
-from eval.sided_table import ALL, compared, estimates, picked, rows, side_names
+from eval.sided_table import ALL, IN_THESE_RUNS, compared, estimates, picked, rows, side_names
 from eval.sides import Run, of_side
 
 DIRECTIONS = {"layer_to_final": "kl_layer_to_final", "final_to_layer": "kl_final_to_layer"}
@@ -98,7 +98,8 @@ def lines(table: dict[str, list[Any]]) -> list[str]:
         model, run, name, unit, mean, low, high, verdict = cells
         if run == ALL and mean is not None:
             ends = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-            said = "  not resolved" if verdict == "no" else ""
+            words = {"no": "  not resolved", IN_THESE_RUNS: f"  resolved {IN_THESE_RUNS} alone"}
+            said = words.get(verdict, "")
             lens = f" ({kind} lens)" if kind else ""
             found.append(f"{model + lens:36}{name:16}{mean:.3f}{ends} {unit}{said}")
     return found

@@ -12,7 +12,7 @@ from eval.results import Item
 from eval.ruler.sample import Sample
 from eval.ruler.string_match import string_match
 from eval.scoring import Request, score
-from eval.stepwise import Question, answer
+from eval.stepwise import Question, answer_together
 
 # NVIDIA's score of the generated text; whether greedy decoding would write the answer; its log-probability.
 STRING_MATCH, EXACT, LOGPROB = "string_match", "answer_exact", "answer_logprob_per_token"
@@ -39,7 +39,7 @@ def measure(
     items = list(_forced(loaded, samples, advance))
     if generate:
         asked = [Question(tuple(loaded.encode(one.prompt)), max_new_tokens=one.new_tokens) for one in samples]
-        for one, text in zip(samples, answer(loaded, asked, advance), strict=True):
+        for one, text in zip(samples, answer_together(loaded, asked, advance), strict=True):
             items.append(_item(one, STRING_MATCH, string_match(text, one.outputs, one.match)))
     return items
 

@@ -65,7 +65,7 @@ class Retained:
 
     `ratio` = off / on and `adjusted` = (off - chance) / (on - chance), means over runs; intervals draw items, the same
     for both scores and all runs, and with several runs hold their spread too. None where `on` lies within two standard
-    errors of chance or below it: nothing to lose.
+    errors of chance or below it in any run: nothing to lose.
     """
 
     condition: Condition
@@ -146,11 +146,12 @@ def retained(
 def compare(
     on_RN: Floats, off_RN: Floats, chance: float, level: float = 0.9, seed: int = 0
 ) -> tuple[Interval | None, Interval | None]:
-    """Ratio and chance-adjusted ratio of two scores of the same items, or None where `on` is not above chance."""
-    on_N = on_RN.mean(0)
-    stderr = on_N.std(ddof=1) / np.sqrt(len(on_N)) if len(on_N) > 1 else np.inf
-    if not on_N.mean() - chance > 2 * stderr:
-        return None, None
+    """Ratio and chance-adjusted ratio of two scores of the same items; None where `on` is not above chance."""
+    # In every run: a ratio to nearly nothing is anything, and decides their mean.
+    for on_N in on_RN:
+        stderr = on_N.std(ddof=1) / np.sqrt(len(on_N)) if len(on_N) > 1 else np.inf
+        if not on_N.mean() - chance > 2 * stderr:
+            return None, None
     plain = ratio_over_runs(list(off_RN), list(on_RN), level, seed)
     return plain, ratio_over_runs(list(off_RN - chance), list(on_RN - chance), level, seed)
 

@@ -26,7 +26,7 @@ from eval.over_runs import Sample
 from eval.perplexity import count_bytes
 from eval.progress import progress
 from eval.sensitivity.memory_loss import token_losses
-from eval.sided_table import ALL, columns, compared, estimates, rows, side_names, side_of
+from eval.sided_table import ALL, IN_THESE_RUNS, columns, compared, estimates, rows, side_names, side_of
 from eval.sides import Run, Texts, measured_on, open_runs, read_texts
 
 METRICS = {"loss": "nats per token", "bits_per_byte": "bits per byte of text", "perplexity": "exp(loss)"}
@@ -168,6 +168,7 @@ def _shown(table: dict[str, list[Any]]) -> list[list[str]]:
     for side, run, unit, mean, low, high, resolved in zip(*(table[name] for name in names), strict=True):
         if run == ALL:
             ends = "" if low is None else f" [{low:.4f}, {high:.4f}]"
-            verdict = "" if resolved is None else "resolved" if resolved == "yes" else "not resolved"
+            words = {None: "", "yes": "resolved", "no": "not resolved", IN_THESE_RUNS: f"resolved {IN_THESE_RUNS}"}
+            verdict = words[resolved]
             body.append([side, unit, f"{mean:.4f}{ends}", verdict])
     return body

@@ -1,5 +1,6 @@
 """What a suite needs and does not have, before anything is computed: hours later is too late to say it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from engram.config import UserError
@@ -35,6 +36,21 @@ def check_suite(suite: Suite, run_code: bool) -> None:
             )
     if any(not is_code(entry) for entry in asked):
         lm_eval_tasks()
+
+
+def check_texts(suite: Suite, paths: Sequence[str | Path]) -> str:
+    """The prepared data that all models read where the suite names none: the first model's.
+
+    Raises UserError where models of different tokenizers would be compared on tokens.
+    """
+    opened = [open_checkpoint(path) for path in paths]
+    tokens = [entry.title for entry in suite.tasks if entry.task in NATIVE and entry.task != "facts"]
+    if tokens and len({one.tokenizer().digest for one in opened}) > 1:
+        raise UserError(
+            f"{' and '.join(str(one.folder) for one in opened)} have different tokenizers: {', '.join(tokens)} compare "
+            "token by token; give models of one tokenizer, or leave these tasks out"
+        )
+    return opened[0].config.data.path
 
 
 def data_folder(suite: Suite, entry: Entry) -> Path:

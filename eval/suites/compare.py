@@ -6,13 +6,13 @@ bootstrap's interval of the difference over items.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import binomtest
 
-from eval.bootstrap import paired
-from eval.results import Item, Metric
+from eval.bootstrap import interval
+from eval.results import Item, Metric, by_unit
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,24 @@ def compare(
 
 
 def _difference(
-    key: tuple[str, str, str], ours: dict[str, float], theirs: dict[str, float], rises: bool, level: float, seed: int
+    key: tuple[str, str, str], ours: dict[str, Item], theirs: dict[str, Item], rises: bool, level: float, seed: int
 ) -> Difference:
     shared = [identity for identity in ours if identity in theirs]
-    a, b = np.array([ours[one] for one in shared]), np.array([theirs[one] for one in shared])
-    found = paired(a, b, level=level, seed=seed)
+    a, b = np.array([ours[one].value for one in shared]), np.array([theirs[one].value for one in shared])
+    # Both models answered the same items: weights and units are one model's.
+    both = [replace(ours[one], value=difference) for one, difference in zip(shared, (a - b).tolist(), strict=True)]
+    changes, weights = by_unit(both)
+    found = interval(changes, weights, level=level, seed=seed)
     low, high = float(found.low), float(found.high)
     gained, lost, p_value = 0, 0, math.nan
     if np.isin(np.concatenate((a, b)), (0.0, 1.0)).all():
         gained, lost = int((a > b).sum()), int((a < b).sum())
-        p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+        p_value = _sign_test(changes)
+    weight_N = np.array([one.weight for one in both])
     return Difference(
         *key,
-        value=float(a.mean()),
-        baseline=float(b.mean()),
+        value=float(np.average(a, weights=weight_N)),
+        baseline=float(np.average(b, weights=weight_N)),
         difference=float(found.mean),
         low=low,
         high=high,
@@ -82,6 +86,12 @@ def _difference(
     )
 
 
+def _sign_test(changes: Sequence[float]) -> float:
+    """McNemar's exact test, of units: where several items make one, what they gain in sum counts."""
+    gained, lost = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
 def _verdict(low: float, high: float, p_value: float, rises: bool, level: float) -> str:
     # With few items that differ, the bootstrap's interval is too narrow and the exact test is not.
     unsure = not math.isnan(p_value) and p_value > 1 - level
@@ -90,19 +100,19 @@ def _verdict(low: float, high: float, p_value: float, rises: bool, level: float)
     return "better" if (low > 0) == rises else "worse"
 
 
-def _by_metric(items: Iterable[Item]) -> dict[tuple[str, str, str], dict[str, float]]:
-    """Values by id, of each group, and of all groups of a task together where there are several."""
-    found: dict[tuple[str, str, str], dict[str, float]] = {}
+def _by_metric(items: Iterable[Item]) -> dict[tuple[str, str, str], dict[str, Item]]:
+    """Items by id, of each group, and of all groups of a task together where there are several."""
+    found: dict[tuple[str, str, str], dict[str, Item]] = {}
     for item in items:
-        found.setdefault((item.task, item.metric, item.group), {})[item.id] = item.value
+        found.setdefault((item.task, item.metric, item.group), {})[item.id] = item
     groups: dict[tuple[str, str], list[str]] = {}
     for task, metric, group in found:
         groups.setdefault((task, metric), []).append(group)
-    whole: dict[tuple[str, str, str], dict[str, float]] = {}
+    whole: dict[tuple[str, str, str], dict[str, Item]] = {}
     for (task, metric), names in groups.items():
         if len(names) > 1:
             whole[task, metric, ""] = {
-                f"{name}/{identity}": value for name in names for identity, value in found[task, metric, name].items()
+                f"{name}/{identity}": item for name in names for identity, item in found[task, metric, name].items()
             }
     return found | whole
 

@@ -19,7 +19,7 @@ from eval import ranks
 from eval.loading import Loaded
 from eval.score_cache import ScoreCache
 from eval.scoring import Request, score
-from eval.stepwise import Question, answer
+from eval.stepwise import Question, answer_together
 
 MAX_NEW_TOKENS = 256
 # Answers that are computed before they are kept: many enough to share their beginnings and to fill batches.
@@ -28,11 +28,14 @@ KEPT_AT_ONCE = {"loglikelihood": 2048, "generate_until": 256}
 
 @dataclass
 class Counts:
-    """By task: requests, those whose beginning was cut off, and those whose first scored token began in the context."""
+    """By task: requests, those whose beginning was cut off, those whose first scored token began in the context, and
+    those whose first scored token has no context at all."""
 
     requests: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
     merged: Counter[str] = field(default_factory=Counter)
+    # After the end of a document: what training never scores.
+    after_end: Counter[str] = field(default_factory=Counter)
 
 
 class EngramLM(TemplateLM):
@@ -94,6 +97,7 @@ class EngramLM(TemplateLM):
         windows: list[list[Any]] = []
         for request in requests:
             self.counts.requests[request.task_name or ""] += 1
+            self.counts.after_end[request.task_name or ""] += 1
             rolled = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
@@ -138,6 +142,7 @@ class EngramLM(TemplateLM):
             if not continuation_ids:
                 # One token holds both: it is scored after the start of a text.
                 context_ids, continuation_ids = [self.prefix_token_id], whole
+            self.counts.after_end[task] += continuation_ids is whole
             split.append((self._fit(task, context_ids, len(continuation_ids) - 1), continuation_ids))
         return split
 
@@ -195,10 +200,7 @@ class EngramLM(TemplateLM):
         return [(one.logprob, one.greedy) for one in scores]
 
     def _generate(self, questions: Sequence[Question]) -> list[Any]:
-        own = ranks.own_part([len(one.prompt) + one.max_new_tokens for one in questions])
-        texts = answer(self._loaded, questions[own.start : own.stop], self._advance)
-        found = ranks.merged(dict(zip(own, texts, strict=True)))
-        return [found[place] for place in range(len(questions))]
+        return list(answer_together(self._loaded, questions, self._advance))
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Running lm-eval's evaluator on local tasks, and reading what it leaves as items and metrics."""
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -19,13 +20,15 @@ import numpy as np
 
 from engram.config import UserError
 from engram.training.files import write_atomically
-from eval.results import Item
+from eval.results import Item, Metric
 from eval.suites.lm_tasks import LocalTask, lm_eval_tasks
 
 # Those of lm-eval's command line.
 _SEEDS = dict(random_seed=0, numpy_seed=1234, fewshot_seed=1234)
 # Draws for the standard errors of metrics that are no means; ours come from eval/bootstrap.py.
 _BOOTSTRAP = 100
+# What questions of a benchmark share: a text, or a problem in several languages.
+_FAMILIES = {"race_middle": "article", "race_high": "article", "c3": "document", "drop": "passage", "mgsm": "doc_id"}
 
 
 def run_tasks(lm: Any, tasks: Sequence[LocalTask], limit: int | None) -> dict[str, Any]:
@@ -52,6 +55,9 @@ def run_tasks(lm: Any, tasks: Sequence[LocalTask], limit: int | None) -> dict[st
             found = lm_eval.evaluate(lm, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=True)
         except UserError:
             raise
+        except (MemoryError, RuntimeError):
+            # The model's, not the data's: with its traceback.
+            raise
         except ModuleNotFoundError as error:
             raise UserError(f"a task needs the package {error.name!r}: pip install it, or leave the task out") from None
         except Exception as error:
@@ -76,11 +82,37 @@ def items_of(found: Mapping[str, Any], tasks: Sequence[LocalTask], name: str) ->
             key = sample["doc_hash"], sample["filter"]
             identity = f"{task.subset}:{sample['doc_hash'][:16]}:{seen[key]}"
             seen[key] += 1
+            unit = _unit(task, sample)
             for metric in sample["metrics"]:
-                if isinstance(sample[metric], int | float):
+                value = sample[metric]
+                if isinstance(value, int | float):
                     shown = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-                    items.append(Item(name, identity, shown, float(sample[metric]), task.subset))
+                    items.append(Item(name, identity, shown, float(value), task.subset, unit=unit))
+                elif metric == "bits_per_byte":
+                    # A text's log-likelihood in nats, and its bytes.
+                    bits, weight = -value[0] / math.log(2) / value[1], float(value[1])
+                    items.append(Item(name, identity, metric, bits, task.subset, weight, unit))
     return items
+
+
+def corpus_metrics(found: Mapping[str, Any], tasks: Sequence[LocalTask], name: str) -> list[Metric]:
+    """Perplexities of whole corpora, which are no means over documents, as lm-eval computes them."""
+    metrics = []
+    for task in tasks:
+        for metric in ("word_perplexity", "byte_perplexity"):
+            if (value := found["results"][task.name].get(f"{metric},none")) is not None:
+                n = len(found["samples"][task.name])
+                metrics.append(Metric(name, metric, float(value), math.nan, n, task.subset, higher_is_better=False))
+    return metrics
+
+
+def _unit(task: LocalTask, sample: Mapping[str, Any]) -> str:
+    """What several questions have in common, so that they are drawn together; empty: nothing."""
+    shared = _FAMILIES.get(task.benchmark)
+    if shared is None:
+        return ""
+    what = sample["doc_id"] if shared == "doc_id" else sample["doc"][shared]
+    return hashlib.sha256(str(what).encode()).hexdigest()[:16]
 
 
 def answer_items(found: Mapping[str, Any], tasks: Sequence[LocalTask], name: str) -> list[Item]:
@@ -98,23 +130,34 @@ def answer_items(found: Mapping[str, Any], tasks: Sequence[LocalTask], name: str
                 continue
             identity = f"{task.subset}:{sample['doc_hash'][:16]}:{seen[sample['doc_hash']]}"
             seen[sample["doc_hash"]] += 1
+            unit = _unit(task, sample)
             logprobs = [float(one[0]) for one in answers]
             wrong = max(logprob for place, logprob in enumerate(logprobs) if place != target)
             bits = -logprobs[target] / math.log(2) / len(texts[target].encode())
-            items.append(Item(name, identity, "gold_bits_per_byte", bits, task.subset))
-            items.append(Item(name, identity, "margin", logprobs[target] - wrong, task.subset))
+            items.append(Item(name, identity, "gold_bits_per_byte", bits, task.subset, unit=unit))
+            items.append(Item(name, identity, "margin", logprobs[target] - wrong, task.subset, unit=unit))
     return items
 
 
-def write_lm_eval_files(folder: Path, found: Mapping[str, Any], extra: Mapping[str, Any], now: datetime) -> None:
-    """`results_<time>.json` and `samples_<task>_<time>.jsonl`, in the shape that lm-eval's own tools read."""
+def write_lm_eval_files(
+    folder: Path, found: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], now: datetime
+) -> None:
+    """`results_<time>.json` and `samples_<task>_<time>.jsonl`, in the shape that lm-eval's own tools read.
+
+    `found`: what was returned for each task of a suite; the tables of all stand in one file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stamp = now.isoformat().replace(":", "-")
-    results = {key: value for key, value in found.items() if key != "samples"} | dict(extra)
+    results: dict[str, Any] = {}
+    for one in found:
+        for key, value in one.items():
+            if key != "samples":
+                results[key] = {**results.get(key, {}), **value} if isinstance(value, Mapping) else value
+        for task, samples in one["samples"].items():
+            lines = "".join(json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples)
+            write_atomically(folder / f"samples_{task}_{stamp}.jsonl", lines)
+    results |= extra
     write_atomically(folder / f"results_{stamp}.json", json.dumps(results, indent=1, default=str, ensure_ascii=False))
-    for task, samples in found["samples"].items():
-        lines = "".join(json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples)
-        write_atomically(folder / f"samples_{task}_{stamp}.jsonl", lines)
 
 
 @contextlib.contextmanager

@@ -99,6 +99,9 @@ def _settings(file: Path, name: str, data: Path, splits: dict[str, list[str]], s
         },
         "num_fewshot": shots,
     }
+    if shown == scored:
+        # Else lm-eval does not know that a question must not be among its own examples.
+        settings["fewshot_split"] = scored
     # A split that is named and not there would be asked for.
     settings |= {key: None for key in _SPLIT_KEYS if included.get(key) and included[key] not in splits}
     return settings

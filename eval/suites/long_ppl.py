@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from engram.config import UserError
-from eval.documents import read_documents
+from eval.documents import document_id, read_documents
 from eval.loading import Loaded, load, open_split
 from eval.long_ppl.cache import documents_digest, evaluator_losses
 from eval.long_ppl.measure import Windows, long_ppl, whole_losses
@@ -20,7 +20,7 @@ ALPHA, BETA = 2.0, -2.0
 
 
 def long_ppl_results(
-    loaded: Loaded, entry: Entry, context: int, cache: Path, device: str, max_tokens: int
+    loaded: Loaded, entry: Entry, context: int, data: str | Path, cache: Path, device: str, max_tokens: int
 ) -> tuple[list[Item], list[Metric], dict[str, Any]]:
     """Each document's mean loss over its key tokens and over all; `long_ppl` and `perplexity` over all documents.
 
@@ -42,19 +42,19 @@ def long_ppl_results(
             "of one tokenizer; name an evaluator of the same"
         )
     windows = Windows(max(1, context // 8), max(1, context // 32))
-    dataset = open_split(entry.data or loaded.config.data.path, loaded.tokenizer)
+    dataset = open_split(data, loaded.tokenizer)
     documents = read_documents(dataset, context, entry.tokens, min_length=windows.window + windows.stride + 1)
     masks = [each.key(ALPHA, BETA) for each in evaluator_losses(evaluator, documents, windows, cache)]
     place = loaded.model.head.weight.device
     losses = whole_losses(loaded.model, documents, windows.window, max_tokens, place)
     found, task = long_ppl(losses, masks), f"{entry.title}@{context}"
     items = [
-        Item(task, f"document {document}", metric, total / count)
+        Item(task, document_id(place, documents[place]), metric, total / count, weight=count)
         for metric, sums, counts in (
             ("document_key_loss", found.key_sums, found.key_counts),
             ("document_loss", found.all_sums, found.all_counts),
         )
-        for document, (total, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True))
+        for place, (total, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True))
         if count
     ]
     metrics = [

@@ -33,6 +33,9 @@ def write_page(
     page = Page("Evaluation", " and ".join(f"{one.label}: {one.folder}, step {one.step:,}" for one in latest))
     if note:
         page.note(note)
+    for one in latest:
+        for task, reason in one.failed.items():
+            page.note(f"{one.label}: {task} was not measured: {reason}")
     page.section("Scores", f"Means over items with {suite.level:.0%} intervals of the bootstrap over items.")
     for one in latest:
         page.table(
@@ -49,7 +52,7 @@ def write_page(
         )
         whole = overall(differences)
         page.figure(
-            comparison_figure(whole, suite.level, out),
+            comparison_figure(whole, differences, suite.level, out),
             "Each difference with its interval, divided by half of the interval's width. Blue: better; orange: "
             "worse; grey: not resolved.",
         )
@@ -63,12 +66,20 @@ def write_page(
         )
     if any(len(series) > 1 for series in outcomes):
         page.section("Last checkpoints", "How far the scores move from one checkpoint to the next.")
-        page.figure(series_figure(outcomes, out), "Each task's main metric over training steps, with intervals.")
+        if figure := series_figure(outcomes, out):
+            page.figure(figure, "Each task's main metric over training steps, with intervals; those that all have.")
+        else:
+            page.note("No task has a score in all of them.")
     return page.write(out / "index.html")
 
 
-def comparison_figure(differences: Sequence[Difference], level: float, folder: Path) -> SavedFigure:
-    """One row for each difference, divided by half of its own interval's width, so that all fit on one axis."""
+def comparison_figure(
+    differences: Sequence[Difference], table: Sequence[Difference], level: float, folder: Path
+) -> SavedFigure:
+    """One row for each difference, divided by half of its own interval's width, so that all fit on one axis.
+
+    `table`: those of groups too, which stand in the CSV.
+    """
     with applied():
         figure, (axis,) = new_figure(height=0.8 + 0.22 * len(differences))
         for row, one in enumerate(differences):
@@ -82,12 +93,18 @@ def comparison_figure(differences: Sequence[Difference], level: float, folder: P
         axis.set_yticks(range(len(differences)), names)
         axis.invert_yaxis()
         axis.set_xlabel(f"difference / half-width of its {level:.0%} interval")
-        return save(figure, as_columns(differences), folder, "comparison")
+        return save(figure, as_columns(table), folder, "comparison")
 
 
-def series_figure(outcomes: Sequence[Sequence[Outcome]], folder: Path) -> SavedFigure:
-    """A panel for each task; the table adds the mean over the checkpoints and their standard deviation."""
-    tasks = _main_metrics(outcomes[0][-1].metrics)
+def series_figure(outcomes: Sequence[Sequence[Outcome]], folder: Path) -> SavedFigure | None:
+    """A panel for each task that all have; the table adds the mean over the checkpoints and their standard deviation.
+
+    None where they have none in common.
+    """
+    everywhere = [{(m.task, m.metric, m.group) for m in one.metrics} for series in outcomes for one in series]
+    tasks = [key for key in _main_metrics(outcomes[0][-1].metrics) if all(key in found for found in everywhere)]
+    if not tasks:
+        return None
     rows = -(-len(tasks) // _PER_ROW)
     table: dict[str, list[Any]] = {
         name: [] for name in ("model", "task", "metric", "group", "step", "value", "low", "high", "mean", "step_noise")

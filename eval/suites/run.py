@@ -7,7 +7,7 @@ OUT/  metrics.csv items.csv metrics.parquet provenance.json  results_<time>.json
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from engram.training.provenance import origin
 from eval import ranks
 from eval.bootstrap import interval
 from eval.loading import Loaded, load
-from eval.results import Item, Metric, write_results, write_tidy
+from eval.results import Item, Metric, by_unit, write_results, write_tidy
 from eval.score_cache import ScoreCache, identity
 from eval.suites.lm_run import write_lm_eval_files
 from eval.suites.settings import Suite
@@ -42,6 +42,8 @@ class Options:
     threads: int | None = None
     # How the model's checkpoint was chosen to fit the baseline's.
     matched: str | None = None
+    # Prepared data that all models read, where the suite names none.
+    texts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Outcome:
     metrics: list[Metric]
     items: list[Item]
     intervals: dict[tuple[str, str, str], tuple[float, float]]
+    # Why tasks could not be run, by their names.
+    failed: dict[str, str]
 
 
 def checkpoints(path: str | Path, last: int) -> list[Path]:
@@ -101,24 +105,43 @@ def _run_checkpoint(suite: Suite, folder: Path, label: str, out: Path, options: 
             raise UserError(f"{out}: cannot be written ({error}): name another folder with --out") from None
         cache = ScoreCache((options.cache or options.out / "cache.sqlite") if first else None, loaded)
         undo.callback(cache.close)
-        setting = Setting(suite, out, options.out if first else out, cache, options.device)
-        results = _run_tasks(suite, loaded, setting, console)
-        items = [item for result in results.values() for item in result.items]
-        metrics = [metric for result in results.values() for metric in result.metrics]
-        outcome = Outcome(label, loaded.folder, loaded.step, metrics, items, _intervals(items, suite))
-        _write(suite, loaded, outcome, results, out, options.matched)
+        setting = Setting(suite, out, options.out if first else out, cache, options.device, texts=options.texts)
+        time = datetime.now(UTC).replace(tzinfo=None)
+        outcome = _outcome(label, loaded, {}, {}, suite)
+        for results, failed in _run_tasks(suite, loaded, setting, console):
+            # After each task: whatever happens to those that follow, it stays.
+            outcome = _outcome(label, loaded, results, failed, suite)
+            if results:
+                _write(suite, loaded, outcome, results, out, options.matched, time)
+    if not outcome.metrics:
+        raise UserError("\n".join(outcome.failed.values()))
     return outcome
 
 
-def _run_tasks(suite: Suite, loaded: Loaded, setting: Setting, console: Console) -> dict[str, TaskResult]:
+def _outcome(
+    label: str, loaded: Loaded, results: Mapping[str, TaskResult], failed: dict[str, str], suite: Suite
+) -> Outcome:
+    items = [item for result in results.values() for item in result.items]
+    metrics = [metric for result in results.values() for metric in result.metrics]
+    return Outcome(label, loaded.folder, loaded.step, metrics, items, _intervals(items, suite), dict(failed))
+
+
+def _run_tasks(
+    suite: Suite, loaded: Loaded, setting: Setting, console: Console
+) -> Iterator[tuple[dict[str, TaskResult], dict[str, str]]]:
+    """Results so far, and why tasks failed, after each task."""
     results: dict[str, TaskResult] = {}
+    failed: dict[str, str] = {}
     shown = (TextColumn("{task.description:<40}"), TextColumn("{task.completed:>9,} requests"), TimeElapsedColumn())
     hidden = not console.is_terminal or ranks.world()[0] != 0
     with Progress(*shown, console=console, transient=True, disable=hidden) as bars:
         for entry in suite.tasks:
             bar = bars.add_task(f"{loaded.folder.name}: {entry.title}", total=None)
-            results[entry.title] = run_entry(loaded, entry, replace(setting, advance=_advance(bars, bar)))
-    return results
+            try:
+                results[entry.title] = run_entry(loaded, entry, replace(setting, advance=_advance(bars, bar)))
+            except UserError as error:
+                failed[entry.title] = str(error)
+            yield results, failed
 
 
 def _advance(bars: Progress, bar: Any) -> Callable[[int], None]:
@@ -127,18 +150,23 @@ def _advance(bars: Progress, bar: Any) -> Callable[[int], None]:
 
 def _intervals(items: Sequence[Item], suite: Suite) -> dict[tuple[str, str, str], tuple[float, float]]:
     """The bootstrap's interval of each mean, over items; group "" is over all groups."""
-    values: dict[tuple[str, str, str], list[float]] = {}
+    grouped: dict[tuple[str, str, str], list[Item]] = {}
     for item in items:
         for group in dict.fromkeys((item.group, "")):
-            values.setdefault((item.task, item.metric, group), []).append(item.value)
-    found = {key: interval(one, level=suite.level, seed=suite.seed) for key, one in values.items()}
+            grouped.setdefault((item.task, item.metric, group), []).append(item)
+    found = {key: interval(*by_unit(own), level=suite.level, seed=suite.seed) for key, own in grouped.items()}
     return {key: (float(one.low), float(one.high)) for key, one in found.items()}
 
 
 def _write(
-    suite: Suite, loaded: Loaded, outcome: Outcome, results: dict[str, TaskResult], out: Path, matched: str | None
+    suite: Suite,
+    loaded: Loaded,
+    outcome: Outcome,
+    results: dict[str, TaskResult],
+    out: Path,
+    matched: str | None,
+    time: datetime,
 ) -> None:
-    time = datetime.now(UTC).replace(tzinfo=None)
     facts: dict[str, Any] = {
         **origin(),
         **identity(loaded),
@@ -149,18 +177,19 @@ def _write(
         "matched": matched,
         "suite": suite.model_dump(mode="json"),
         "tasks": {name: result.facts for name, result in results.items()},
+        "failed": outcome.failed,
         "created_at": time.isoformat(),
     }
     write_results(out, outcome.metrics, outcome.items, facts)
     write_tidy(out / "metrics.parquet", [_tidy(metric, outcome, facts) for metric in outcome.metrics])
-    for result in results.values():
-        if result.found is not None:
-            write_lm_eval_files(out, result.found, {"engram": facts}, time)
+    if found := [result.found for result in results.values() if result.found is not None]:
+        write_lm_eval_files(out, found, {"engram": facts}, time)
 
 
 def _tidy(metric: Metric, outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
     low, high = outcome.intervals.get((metric.task, metric.metric, metric.group), (math.nan, math.nan))
-    own = facts["tasks"].get(metric.task, {})
+    # Tasks of several lengths add one to their name.
+    own = facts["tasks"].get(metric.task.partition("@")[0].partition("/")[0], {})
     return asdict(metric) | {
         "low": low,
         "high": high,

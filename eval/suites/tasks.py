@@ -1,37 +1,35 @@
 """What each kind of task in a suite does with a model: items, metrics, and the facts that its numbers depend on."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from engram.config import UserError
 from eval import perplexity, ranks
 from eval.benchmarks.catalogue import benchmarks
 from eval.benchmarks.code import CODE_TASKS
+from eval.benchmarks.convert import lines_of
 from eval.benchmarks.manifest import data_digest, whole
 from eval.benchmarks.sandbox import check_available, run_program
-from eval.documents import read_documents
+from eval.documents import document_id, read_documents
 from eval.facts.score import facts_items
 from eval.loading import Loaded, check_rows, open_split
-from eval.padding import padded_batches
-from eval.results import Item, Metric, summarise
+from eval.results import Item, Metric, is_loss, summarise
 from eval.ruler.files import make_samples, settings
 from eval.ruler.measure import measure
 from eval.ruler.tasks import Sources, all_tasks
 from eval.score_cache import ScoreCache
+from eval.sensitivity.memory_loss import token_losses
 from eval.stepwise import Question, answer
 from eval.suites.check import data_folder, is_code
-from eval.suites.lm_run import answer_items, items_of, run_tasks
+from eval.suites.lm_run import answer_items, corpus_metrics, items_of, run_tasks
 from eval.suites.lm_tasks import OWN_TASKS, lm_eval_tasks, task_files, write_tasks
 from eval.suites.long_ppl import long_ppl_results
 from eval.suites.settings import Entry, Suite
-
-# The smaller, the better.
-_LOSSES = ("document_loss", "gold_bits_per_byte", "bits_per_byte", "byte_perplexity", "word_perplexity")
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Setting:
     cache: ScoreCache
     device: str = "auto"
     advance: Callable[[int], None] | None = None
+    # Prepared data that all models of the command read; None: what each was trained on.
+    texts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def run_entry(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
 
 
 def _perplexity(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
-    dataset = open_split(entry.data or loaded.config.data.path, loaded.tokenizer)
+    dataset = open_split(entry.data or setting.texts or loaded.config.data.path, loaded.tokenizer)
     items: list[Item] = []
     metrics: list[Metric] = []
     for length in entry.lengths or (loaded.config.data.sequence_length,):
@@ -89,17 +89,15 @@ def _perplexity(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
             value = getattr(whole_split, name)
             metrics.append(Metric(task, name, value, float("nan"), whole_split.targets, higher_is_better=False))
         documents = read_documents(dataset, length, entry.tokens)
-        losses = _document_losses(loaded, documents, setting.suite.max_tokens)
-        own = [Item(task, f"document {place}", "document_loss", loss) for place, loss in enumerate(losses)]
+        own = list(_document_items(loaded, task, documents, setting.suite.max_tokens))
         items += own
-        metrics += summarise(own, higher_is_better=False)
+        metrics += summarise(own)
     return TaskResult(items, metrics, {"data": str(dataset.folder)})
 
 
 def _facts(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     items = [replace(item, task=f"{entry.title}/{item.task}") for item in facts_items(loaded, advance=setting.advance)]
-    metrics = [replace(one, higher_is_better=one.metric not in _LOSSES) for one in summarise(items)]
-    return TaskResult(items, metrics)
+    return TaskResult(items, summarise(items))
 
 
 def _ruler(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
@@ -109,7 +107,7 @@ def _ruler(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     wanted = settings("tiny", tasks, lengths, entry.limit or 50, setting.suite.seed, loaded.tokenizer.digest, sources)
     samples = make_samples(setting.out / "ruler", tasks, loaded.tokenizer, wanted)
     found = measure(loaded, samples, generate=True, advance=setting.advance)
-    items = [replace(item, task=f"{entry.title}/{item.task}", group=f"length {item.group}") for item in found]
+    items = [replace(item, task=f"{entry.title}/{item.task}@{item.group}", group="") for item in found]
     return TaskResult(items, summarise(items), {"settings": wanted})
 
 
@@ -117,29 +115,24 @@ def _long_ppl(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     items: list[Item] = []
     metrics: list[Metric] = []
     facts: dict[str, Any] = {}
+    data, cache = entry.data or setting.texts or loaded.config.data.path, setting.shared / "long_ppl"
     for context in entry.lengths or (loaded.config.data.sequence_length,):
         own, whole_corpus, made = long_ppl_results(
-            loaded, entry, context, setting.shared / "long_ppl", setting.device, setting.suite.max_tokens
+            loaded, entry, context, data, cache, setting.device, setting.suite.max_tokens
         )
         items += own
-        metrics += whole_corpus + summarise(own, higher_is_better=False)
+        metrics += whole_corpus + summarise(own)
         facts[str(context)] = made
     return TaskResult(items, metrics, facts)
 
 
-@torch.inference_mode()
-def _document_losses(loaded: Loaded, documents: Sequence[Sequence[int]], max_tokens: int) -> list[float]:
-    """Mean nats per token of each document, which stands after the end of another one, as in training."""
-    rows = [(loaded.tokenizer.eos_id, *document) for document in documents]
-    losses = [0.0] * len(rows)
-    for batch in padded_batches(rows, max_tokens, loaded.model.head.weight.device):
-        targets_BT = batch.tokens_BT[:, 1:].masked_fill(~batch.real_BT[:, 1:], perplexity.IGNORE)
-        losses_BT = loaded.model.token_losses(batch.tokens_BT[:, :-1], targets_BT).double()
-        for index, total, count in zip(
-            batch.indices, losses_BT.sum(1).tolist(), batch.real_BT[:, 1:].sum(1).tolist(), strict=True
-        ):
-            losses[index] = total / count
-    return losses
+def _document_items(loaded: Loaded, task: str, documents: Sequence[Sequence[int]], max_tokens: int) -> Iterator[Item]:
+    """Mean nats per token of each document, but for its first token: training scores nothing after a document's end."""
+    ends = np.cumsum([len(document) - 1 for document in documents])
+    losses = np.split(token_losses(loaded.model, documents, max_tokens), ends[:-1])
+    for place, (document, own) in enumerate(zip(documents, losses, strict=True)):
+        if len(own):
+            yield Item(task, document_id(place, document), "document_loss", float(own.mean()), weight=len(own))
 
 
 def _harness(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
@@ -163,12 +156,17 @@ def _harness(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     )
     found = run_tasks(lm, tasks, entry.limit)
     items = items_of(found, tasks, entry.title) + answer_items(found, tasks, entry.title)
-    better = {name: bool(flag) for one in found["higher_is_better"].values() for name, flag in one.items()}
+    better = {
+        name: bool(flag) for one in found["higher_is_better"].values() for name, flag in one.items() if flag is not None
+    }
     truncated = {task.subset: lm.counts.truncated[task.name] for task in tasks}
     metrics = [
         replace(metric, num_truncated=truncated.get(metric.group, 0), higher_is_better=_rises(metric.metric, better))
         for metric in summarise(items, num_shots=shots)
     ]
+    metrics += corpus_metrics(found, tasks, entry.title)
+    if not metrics:
+        raise UserError(f"task {entry.title}: lm-eval returned no number for any of its metrics: leave the task out")
     if len(tasks) > 1:
         metrics += [
             replace(metric, num_truncated=sum(truncated.values()), higher_is_better=_rises(metric.metric, better))
@@ -182,6 +180,8 @@ def _harness(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
         "requests": sum(lm.counts.requests.values()),
         "truncated": sum(lm.counts.truncated.values()),
         "merged_boundaries": sum(lm.counts.merged.values()),
+        # Nothing was scored there in training.
+        "scored_after_end_token": sum(lm.counts.after_end.values()),
         "max_length": lm.max_length,
         "lm_eval_version": found["lm_eval_version"],
     }
@@ -201,7 +201,7 @@ def _files(entry: Entry, root: Path) -> list[Path]:
 
 def _rises(metric: str, better: dict[str, bool]) -> bool:
     name = metric.partition(",")[0]
-    return better.get(name, name not in _LOSSES)
+    return better.get(name, not is_loss(name))
 
 
 def _code(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
@@ -254,4 +254,4 @@ def _code(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
 
 
 def _rows(folder: Path, paths: Sequence[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in paths for line in (folder / path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for path in paths for line in lines_of((folder / path).read_text(encoding="utf-8"))]

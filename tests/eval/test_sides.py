@@ -1,5 +1,6 @@
 """Which runs may stand side by side, and how their numbers become rows."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,7 +86,13 @@ def test_rows_of_runs_sides_and_their_difference() -> None:
         "high": 3.2,
         "resolved": None,
     }
-    assert [(row["run"], row["seed"], row["resolved"]) for row in table[-2:]] == [(ALL, None, "yes"), (ALL, None, "no")]
+    # Two seeds of each say nothing of their recipes.
+    assert [(row["run"], row["seed"], row["resolved"]) for row in table[-2:]] == [
+        (ALL, None, "in these runs"),
+        (ALL, None, "no"),
+    ]
+    enough = replace(difference, runs=3)
+    assert [row["resolved"] for row in rows([enough], runs, [{"scalar": "x"}, {"scalar": "y"}])] == ["yes", "no"]
     assert table[-2]["mean"] == pytest.approx(2.0)
 
 

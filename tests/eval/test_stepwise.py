@@ -62,3 +62,20 @@ def test_settings_do_not_mix_in_a_batch(loaded: Loaded) -> None:
     greedy, sampled = questions(loaded), questions(loaded, temperature=1.5, top_k=40)
     together = answer(loaded, [one for pair in zip(greedy, sampled, strict=True) for one in pair])
     assert together[::2] == answer(loaded, greedy) and together[1::2] == answer(loaded, sampled)
+
+
+def test_prompts_that_are_read_at_once_are_bounded(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = questions(loaded)
+    expected = answer(loaded, asked)
+    sizes: list[int] = []
+    batch = stepwise._answer_batch
+
+    def counted(loaded: Loaded, chosen: list[Question]) -> list[str]:
+        sizes.append(len(chosen) * max(len(one.prompt) for one in chosen))
+        return batch(loaded, chosen)
+
+    monkeypatch.setattr(stepwise, "_answer_batch", counted)
+    monkeypatch.setattr(stepwise, "MAX_TOKENS", 8)
+    assert answer(loaded, asked) == expected
+    longest = max(len(one.prompt) for one in asked)
+    assert len(sizes) > 1 and all(size <= max(8, longest) for size in sizes)

@@ -79,3 +79,12 @@ def test_without_pairs_nothing_is_claimed() -> None:
 
 def test_octaves() -> None:
     assert octave(np.array([0, 1, 2, 3, 6, 7, 14, 15])).tolist() == [0, 1, 1, 2, 2, 3, 3, 4]
+
+
+def test_one_document_tells_no_spread() -> None:
+    scores = np.array([[1.0, 2.0, 3.0, 0.0]])
+    marked = np.array([True, False, True, False])
+    for document, spread in (([0, 0, 0, 0], False), ([0, 0, 1, 1], True)):
+        (one,) = matched_auc(scores, marked, ~marked, np.zeros(4, int), np.array(document))
+        assert one.value == 0.75 and np.isnan(one.low) != spread
+        assert spread or one.verdict == "not resolved"

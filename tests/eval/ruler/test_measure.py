@@ -66,7 +66,7 @@ def test_a_reader_scores_100_and_one_who_forgets_the_far_part_does_not(
         return found
 
     monkeypatch.setattr(measuring, "score", forced)
-    monkeypatch.setattr(measuring, "answer", read)
+    monkeypatch.setattr(measuring, "answer_together", read)
     items = measure(loaded, samples, generate=True)
     scores = collect(items, samples, STRING_MATCH)
     assert list(scores.groups) == ["S", "VT", "QA", ALL] and scores.lengths == [384, 512]
@@ -129,7 +129,7 @@ def test_the_command(long_run: Path, long_baseline: Path, tmp_path: Path, capsys
     arguments += ["--tasks", "niah_single_1,fwe", "--lengths", "384", "--samples", "2", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--match", "flops", "--name", "memory", "--baseline-name", "MoE"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"matched by flops: {long_run}/step_000002 (step 2, 1,024 tokens, loss ")
+    assert printed.startswith(f"matched by flops: {long_run}/step_000002 (step 2, 1,024 tokens, ")
     assert "memory, 384 tokens, string_match: S " in printed and "MoE: longest length above 85.6%: none" in printed
     out = tmp_path / "out"
     for name in ("groups", "lengths", "depth"):

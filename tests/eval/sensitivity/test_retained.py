@@ -318,3 +318,11 @@ def test_another_model_beside_the_first_is_refused(
         capsys, "--checkpoint", run_folder, run_folder / "step_000006", "--out", tmp_path / "o", "--tokens", 60
     )
     assert status == 2 and "step_000006 has another tokenizer or memory than" in errors
+
+
+def test_one_run_at_chance_hides_the_ratio() -> None:
+    """A mean of ratios would be that run's alone."""
+    on = np.array([[1.0] * 80 + [0.0] * 20] * 2 + [[1.0] * 2 + [0.0] * 98])
+    off = np.array([[1.0] * 20 + [0.0] * 80] * 2 + [[1.0] * 6 + [0.0] * 94])
+    assert compare(on, off, 0.02) == (None, None)
+    assert compare(on[:2], off[:2], 0.02)[0] is not None

@@ -58,3 +58,43 @@ def test_groups_and_all_of_them_together() -> None:
 
 def test_nothing_in_common() -> None:
     assert compare(items([1.0]), items([1.0], first=5), []) == []
+
+
+def test_means_over_tokens_weigh_tokens() -> None:
+    """By document the first is worse, by token it is better."""
+
+    def documents(losses: list[float]) -> list[Item]:
+        sizes = (1000, 10, 10)
+        return [
+            Item("t", str(n), "document_loss", x, weight=w) for n, (x, w) in enumerate(zip(losses, sizes, strict=True))
+        ]
+
+    ours, theirs = documents([2.0, 4.0, 4.0]), documents([2.5, 3.5, 3.5])
+    (one,) = compare(ours, theirs, summarise(ours))
+    assert one.value == pytest.approx(2080 / 1020) and one.baseline == pytest.approx(2570 / 1020)
+    assert one.difference == pytest.approx((-500 + 5 + 5) / 1020)
+    (metric,) = summarise(ours)
+    assert metric.value == pytest.approx(2080 / 1020) and not metric.higher_is_better
+    # The ratio estimator's error: residuals of sums around the mean.
+    residuals = [1000 * (2.0 - metric.value), 10 * (4.0 - metric.value), 10 * (4.0 - metric.value)]
+    assert metric.stderr == pytest.approx(math.sqrt(sum(r * r for r in residuals) * 3 / 2) / 1020)
+
+
+def test_questions_about_one_passage_are_drawn_together() -> None:
+    """Ten copies of each of twelve answers: what they are worth is twelve, not 120."""
+    values = np.random.default_rng(2).normal(0.3, 1, 12)
+
+    def copies(times: int, shift: float) -> list[Item]:
+        return [
+            Item("t", f"{unit}-{copy}", "margin", shift * value, unit=f"passage {unit}")
+            for unit, value in enumerate(values)
+            for copy in range(times)
+        ]
+
+    (once,), (often,) = (compare(copies(times, 1.0), copies(times, 0.0), []) for times in (1, 10))
+    assert often.n == 120 and (often.low, often.high) == (pytest.approx(once.low), pytest.approx(once.high))
+    # Right answers of four passages, gained as a whole, are four units for the exact test.
+    gained = [Item("t", f"{unit}-{copy}", "acc", 1.0, unit=str(unit)) for unit in range(4) for copy in range(5)]
+    lost = [Item("t", one.id, "acc", 0.0, unit=one.unit) for one in gained]
+    (one,) = compare(gained, lost, [])
+    assert (one.gained, one.p_value, one.verdict) == (20, pytest.approx(0.125), "not resolved")

@@ -16,12 +16,12 @@ from lm_eval.utils import get_rolling_token_windows
 from engram.config import UserError
 from eval.benchmarks.manifest import read_manifest
 from eval.loading import Loaded, load
-from eval.results import Item
+from eval.results import Item, summarise
 from eval.score_cache import ScoreCache
 from eval.scoring import score
 from eval.suites import harness
 from eval.suites.harness import EngramLM
-from eval.suites.lm_run import answer_items, items_of, run_tasks, write_lm_eval_files
+from eval.suites.lm_run import answer_items, corpus_metrics, items_of, run_tasks, write_lm_eval_files
 from eval.suites.lm_tasks import LocalTask, lm_eval_tasks, task_files, write_tasks
 
 PAIRS = [
@@ -244,7 +244,7 @@ def test_a_task_of_lm_eval_on_local_data(
 
     from datetime import datetime
 
-    write_lm_eval_files(tmp_path / "out", found, {"engram": {"step": 1}}, datetime(2026, 1, 2, 3, 4, 5))
+    write_lm_eval_files(tmp_path / "out", [found], {"engram": {"step": 1}}, datetime(2026, 1, 2, 3, 4, 5))
     results = json.loads((tmp_path / "out" / "results_2026-01-02T03-04-05.json").read_text())
     assert {"results", "configs", "versions", "n-shot", "n-samples", "higher_is_better", "engram"} <= results.keys()
     lines = (tmp_path / "out" / "samples_invented_2026-01-02T03-04-05.jsonl").read_text().splitlines()
@@ -256,6 +256,66 @@ def test_shots_come_before_the_question(loaded: Loaded, local: Callable[[int], l
     found = run_tasks(adapter(loaded, max_length=256), tasks, 1)
     ((context, _), *_) = found["samples"]["invented"][0]["arguments"]
     assert context.count("Q: ") == 3 and len(found["samples"]["invented"]) == 1
+
+
+def test_no_question_is_among_its_own_examples(
+    loaded: Loaded, local: Callable[[int], list[LocalTask]], tmp_path: Path
+) -> None:
+    """Where a task names no split for examples, they come from the questions that are asked."""
+    task = tmp_path / "invented.yaml"
+    task.write_text(TASK.replace("fewshot_split: dev\n", ""))
+    local(0)
+    task.write_text(TASK.replace("fewshot_split: dev\n", ""))
+    data = tmp_path / "data" / "invented"
+    tasks = write_tasks(tmp_path / "tasks", "invented", [task], data, read_manifest(data), 2)
+    found = run_tasks(adapter(loaded, max_length=256), tasks, None)
+    for sample in found["samples"]["invented"]:
+        (prompt, _), *_ = sample["arguments"]
+        assert prompt.count("Q: ") == 3 and prompt.count(f"Q: {sample['doc']['question']}\n") == 1
+
+
+def test_a_fault_of_the_model_is_not_one_of_the_data(
+    loaded: Loaded, local: Callable[[int], list[LocalTask]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(harness, "score", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_tasks(adapter(loaded), local(0), None)
+
+
+def test_losses_of_texts_become_numbers(loaded: Loaded, tmp_path: Path) -> None:
+    from eval.benchmarks.add import add_files
+
+    texts = ["the people of the states", "shall have power to lay and collect taxes"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    add_files(tmp_path / "data", "texts", [("test", tmp_path / "rows.jsonl")], "none", "made up")
+    task = tmp_path / "texts.yaml"
+    kinds = "".join(
+        f"  - {{metric: {name}, aggregation: {how}, higher_is_better: false}}\n"
+        for name, how in (
+            ("byte_perplexity", "weighted_perplexity"),
+            ("word_perplexity", "weighted_perplexity"),
+            ("bits_per_byte", "bits_per_byte"),
+        )
+    )
+    task.write_text(
+        "task: texts\ndataset_path: x\noutput_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\n"
+        "doc_to_target: '{{text}}'\nmetric_list:\n" + kinds
+    )
+    data = tmp_path / "data" / "texts"
+    tasks = write_tasks(tmp_path / "tasks", "texts", [task], data, read_manifest(data), 0)
+    lm = adapter(loaded, max_length=64)
+    found = run_tasks(lm, tasks, None)
+    items = items_of(found, tasks, "texts")
+    assert [item.metric for item in items] == 2 * ["bits_per_byte"]
+    assert [item.weight for item in items] == [len(text.encode()) for text in texts]
+    # Weighted by bytes, their mean is lm-eval's own number.
+    (metric,) = summarise(items)
+    assert metric.value == pytest.approx(found["results"]["texts"]["bits_per_byte,none"])
+    assert [one.metric for one in corpus_metrics(found, tasks, "texts")] == ["word_perplexity", "byte_perplexity"]
+    assert lm.counts.after_end.total() == 2
 
 
 def test_rows_of_another_form(loaded: Loaded, local: Callable[[int], list[LocalTask]], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +20,7 @@ from eval.__main__ import main
 from eval.benchmarks.add import add_files
 from eval.benchmarks.sandbox import check_available
 from eval.loading import load
+from eval.suites import check
 from eval.suites.run import checkpoints
 from eval.suites.settings import load_suite
 
@@ -96,7 +99,8 @@ def test_document_losses_by_hand(ran: Path, run_folder: Path, prepared_folder: P
     found = [float(row["value"]) for row in rows(ran / "items.csv") if row["task"] == "perplexity@16"]
     assert len(found) == len(documents) > 5
     for document, value in zip(documents, found, strict=True):
-        row = torch.tensor([[loaded.tokenizer.eos_id, *document]])
+        # Nothing is scored before the first token, as in training.
+        row = torch.tensor([document])
         with torch.no_grad():
             logprobs = loaded.model(row)[0, :-1].double().log_softmax(-1)
         assert value == pytest.approx(-float(logprobs.gather(1, row[0, 1:, None]).mean()), abs=1e-4)
@@ -219,6 +223,46 @@ def test_a_benchmark_from_its_data_to_the_table(
         file.write("\n")
     assert main([*arguments, "--out", str(out)]) == 2
     assert "nothing is evaluated on altered data" in capsys.readouterr().err
+
+
+def test_a_task_that_fails_leaves_the_others(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("lm_eval")
+    entries = yaml.safe_load(choices(tmp_path).read_text())["tasks"]
+    texts = {"task": "perplexity", "lengths": [16], "tokens": 160}
+    short, again = (
+        {**entries[0], "name": name, **more} for name, more in (("short", {"max_length": 4}), ("again", {}))
+    )
+    suite = write(tmp_path / "s.yaml", *entries, short, again, texts, data=str(tmp_path / "data"))
+    out = tmp_path / "out"
+    assert main([str(suite), "--checkpoint", str(run_folder), "--device", "cpu", "--out", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert "1 task was not measured; what is said of the others stands" in told
+    assert "task short: a request needs" in told
+    assert {row["task"] for row in rows(out / "metrics.csv")} == {"mmlu_redux", "again", "perplexity@16"}
+    assert "short was not measured" in (out / "index.html").read_text()
+    # One file has the tables of all that lm-eval ran.
+    (path,) = out.glob("results_*.json")
+    results = json.loads(path.read_text())
+    assert set(results["results"]) == set(results["configs"]) == {"mmlu_redux", "again"}
+
+
+def test_models_of_different_tokenizers_are_not_compared_by_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(path: str) -> Any:
+        config = SimpleNamespace(data=SimpleNamespace(path=f"data/{path}"))
+        return SimpleNamespace(folder=path, config=config, tokenizer=lambda: SimpleNamespace(digest=path[:3]))
+
+    monkeypatch.setattr(check, "open_checkpoint", opened)
+    for task, compared in (("perplexity", True), ("ruler", True), ("facts", False)):
+        suite = load_suite(write(tmp_path / "suite.yaml", {"task": task}))
+        # All read what the first one was trained on.
+        assert check.check_texts(suite, ["one 1", "one 2"]) == "data/one 1"
+        if compared:
+            with pytest.raises(UserError, match=f"one 1 and two 2 have different tokenizers: {task} compare token"):
+                check.check_texts(suite, ["one 1", "two 2"])
+        else:
+            check.check_texts(suite, ["one 1", "two 2"])
 
 
 def test_without_lm_eval(
