@@ -82,7 +82,8 @@ def run(options: argparse.Namespace) -> None:
     print(page)
     failed = {f"{one.label}, {task}": why for series in outcomes for one in series for task, why in one.failed.items()}
     if failed:
+        what = "1 task was" if len(failed) == 1 else f"{len(failed)} tasks were"
         raise UserError(
-            f"{len(failed)} task{'s were' if len(failed) > 1 else ' was'} not measured; what is said of the others stands:\n  "
+            f"{what} not measured; what is said of the others stands:\n  "
             + "\n  ".join(f"{name}: {why}" for name, why in failed.items())
         )
