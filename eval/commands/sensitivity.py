@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--per", choices=("layer", "order", "head"), help="change one part of the memory at a time")
     parser.add_argument("--tasks", type=names, default=("loss",), metavar="A,B", help="loss, facts (default loss)")
+    parser.add_argument(
+        "--suite",
+        metavar="FILE",
+        help="tasks of this suite too (configs/eval/packages.yaml, say), but for losses: how much of scores is kept",
+    )
     parser.add_argument("--data", metavar="DIR", help="prepared data; default: what the model was trained on")
     parser.add_argument(
         "--tokens", type=count, default=50_000, metavar="N", help="validation tokens for the loss (default 50000)"
@@ -53,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
     check_out(options.out)
     settings = Settings(
         tasks=options.tasks,
+        suite=options.suite,
         modes=options.modes,
         per=options.per,
         data=options.data,

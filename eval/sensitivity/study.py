@@ -42,6 +42,8 @@ class Settings:
     reference_tokens: int
     level: float
     seed: int
+    # The file of a suite whose tasks are asked too.
+    suite: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def study(
     wanted: list[Condition] = []
     texts: Texts | None = None
     model: object = None
+    benchmarks = _benchmarks(settings, out, device)
     with _progress(console) as advance:
         for name, path in zip(names, checkpoints, strict=True):
             loaded = load(path, device, "float32", threads)
@@ -98,13 +101,22 @@ def study(
                     "differ in their seeds, and compare models by running each on its own"
                 )
             begin = partial(advance, len(checkpoints) * (1 + len(wanted)))
-            runs.append(_measure(loaded, name, texts, wanted, settings, begin))
+            runs.append(_measure(loaded, name, texts, wanted, settings, benchmarks, begin))
     assert texts is not None
     losses = _losses(runs, wanted, texts, settings) if "loss" in settings.tasks else []
     kept = _retained(runs, wanted, settings)
     with writing_into(out):
         _write(out, runs, kept, losses, texts, settings)
     return [*_lines(kept, losses), str(out / "sensitivity.html")]
+
+
+def _benchmarks(settings: Settings, out: Path, device: str) -> Suite | None:
+    if settings.suite is None:
+        return None
+    # It brings what runs benchmarks.
+    from eval.sensitivity.benchmarks import benchmark_suite
+
+    return benchmark_suite(Path(settings.suite), out / "suite", device)
 
 
 def open_texts(loaded: Loaded, settings: Settings) -> Texts:
@@ -139,9 +151,10 @@ def _measure(
     texts: Texts,
     wanted: Sequence[Condition],
     settings: Settings,
+    benchmarks: Suite | None,
     begin: Callable[[str], None],
 ) -> Measured:
-    suites = build_suites(settings.tasks, loaded)
+    suites = build_suites(settings.tasks, loaded, benchmarks)
     reference = read_reference(loaded.model, texts.reference) if texts.reference else None
     losses: dict[Condition | None, Floats] = {}
     items: dict[str, dict[Condition | None, list[Item]]] = {suite: {} for suite in suites}

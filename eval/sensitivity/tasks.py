@@ -23,7 +23,8 @@ def check_tasks(tasks: Sequence[str]) -> None:
         raise UserError(f"no task was named: choose with --tasks among {', '.join(TASKS)}")
 
 
-def build_suites(tasks: Sequence[str], loaded: Loaded) -> dict[str, Suite]:
-    """The suites among `tasks`, for this checkpoint. Raises UserError where it cannot be asked one."""
+def build_suites(tasks: Sequence[str], loaded: Loaded, benchmarks: Suite | None = None) -> dict[str, Suite]:
+    """The suites among `tasks`, for this checkpoint, and that of a file. Raises UserError where it cannot be asked."""
     builders = {"facts": facts_suite}
-    return {task: builders[task](loaded) for task in tasks if task in builders}
+    found = {task: builders[task](loaded) for task in tasks if task in builders}
+    return found if benchmarks is None else found | {benchmarks.name: benchmarks}
