@@ -76,6 +76,7 @@ def test_logits_and_gradients_equal_deepseek_v3(shape: str, length: int) -> None
     for name, parameter in model.named_parameters():
         for public_name, gradient in _public_tensors(name, parameter.grad).items():
             expected = public_gradients.pop(public_name)
-            error = (gradient - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+            # Where a token has one expert, its weight is 1, and the router's gradient nothing but rounding.
+            error = (gradient - expected).abs().max() / expected.abs().max().clamp(min=1e-2)
             assert error < 1e-3, f"gradient of {name}: relative error {error:.2e}"
     assert not public_gradients
