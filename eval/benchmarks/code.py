@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engram.config import UserError
+
 Row = Mapping[str, Any]
 
 
@@ -59,3 +61,16 @@ CODE_TASKS: dict[str, CodeTask] = {
         64,
     ),
 }
+
+
+def check_rows(name: str, rows: Sequence[Row], where: str) -> None:
+    """Raises UserError for a row that lacks what the benchmark's prompts and programs are made of."""
+    task = CODE_TASKS[name]
+    for number, row in enumerate(rows):
+        try:
+            task.prompt(row, ())
+            task.program(row, "")
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{where}: row {number} is not one of {name} ({type(error).__name__}: {error}): add the original data"
+            ) from None

@@ -48,12 +48,15 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises UserError: missing, not JSON, or not as it must be."""
     path = folder / MANIFEST
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        if outside := [name for name in manifest.files if Path(name).name != name]:
+            raise ValueError(f"{outside[0]!r} is no file of this folder")
+        return manifest
     except FileNotFoundError:
         raise UserError(f"{path}: is missing: python -m eval add-data writes it, with the data beside it") from None
     except ValidationError as error:
         raise UserError(f"{path}: " + "; ".join(explain(error, Manifest))) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: is not a manifest ({error}): add the data again with python -m eval add-data"
         ) from None

@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"there is no set {name!r} (sets: {', '.join(SETS)})")
     sets = options.sets or SETS
     if options.certify:
+        if options.checkpoint or options.baseline or options.out:
+            raise UserError("--certify asks no model: leave --checkpoint, --baseline and --out away")
         _certify(options, sets)
         return
     if not options.checkpoint or options.out is None:

@@ -20,6 +20,8 @@ def run(options: argparse.Namespace) -> None:
     from eval.benchmarks.verify import verify
 
     folder = options.data or FOLDER
+    if options.data and not folder.is_dir():
+        raise UserError(f"{folder}: is no folder: name that of the benchmarks with --data")
     found = verify(folder)
     table = Table("benchmark", "status", "detail", box=None, pad_edge=False)
     for one in found:

@@ -105,7 +105,7 @@ def sample(task: Task, tokenizer: Tokenizer, length: int, seed: int, index: int)
     if least + new_tokens > length:
         raise UserError(
             f"{task.name}: its smallest sample {index} takes {least + new_tokens:,} tokens, but the length is "
-            f"{length:,}: raise --lengths, choose the tiny --profile, or leave the task out with --tasks"
+            f"{length:,}: raise --lengths, leave the task out with --tasks, or take the tiny --profile if it is full"
         )
     size = largest_fit(tokens, plan.smallest, least, length - new_tokens, plan.largest)
     draft = drafts[size]

@@ -179,6 +179,8 @@ class EngramLM(TemplateLM):
         keys = [[kind, _plain(one)] for one in asked]
         # One process reads the file, so that all agree on what is still to be computed.
         known = ranks.shared(self._cache.get(keys) if ranks.world()[0] == 0 else {})
+        if bad := [one for one in known.values() if not _is_answer(kind, one)]:
+            raise UserError(f"the cache holds {bad[0]!r}, which is no answer: delete it, or name another with --cache")
         if self._advance is not None and known:
             self._advance(len(known))
         # Neighbours have much in common, and are asked together.
@@ -206,6 +208,12 @@ class EngramLM(TemplateLM):
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation
+
+
+def _is_answer(kind: str, found: Any) -> bool:
+    if kind == "generate_until":
+        return isinstance(found, str)
+    return isinstance(found, list | tuple) and len(found) == 2 and isinstance(found[0], float) and found[0] <= 0
 
 
 def _order(request: Any) -> tuple[int, ...]:

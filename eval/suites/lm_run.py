@@ -1,6 +1,7 @@
 """Running lm-eval's evaluator on local tasks, and reading what it leaves as items and metrics."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -61,6 +62,8 @@ def run_tasks(lm: Any, tasks: Sequence[LocalTask], limit: int | None) -> dict[st
         except ModuleNotFoundError as error:
             raise UserError(f"a task needs the package {error.name!r}: pip install it, or leave the task out") from None
         except Exception as error:
+            if (full := _full_disk(error)) is not None:
+                raise full from None
             names = ", ".join(dict.fromkeys(task.benchmark for task in tasks))
             raise UserError(
                 f"lm-eval cannot run {names} on this data ({type(error).__name__}: {error}): the rows must have the "
@@ -71,6 +74,15 @@ def run_tasks(lm: Any, tasks: Sequence[LocalTask], limit: int | None) -> dict[st
     assert found is not None
     config = {"model": type(lm).__name__, "limit": limit, "bootstrap_iters": _BOOTSTRAP, **_SEEDS}
     return {**found, "config": config, "lm_eval_version": lm_eval.__version__, "date": time.time()}
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """What stands behind an error of a library that could not write its own copy of the data."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def items_of(found: Mapping[str, Any], tasks: Sequence[LocalTask], name: str) -> list[Item]:

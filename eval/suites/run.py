@@ -24,6 +24,7 @@ from engram.training.provenance import origin
 from eval import ranks
 from eval.bootstrap import interval
 from eval.loading import Loaded, load
+from eval.output import writing_into
 from eval.results import Item, Metric, by_unit, write_results, write_tidy
 from eval.score_cache import ScoreCache, identity
 from eval.suites.lm_run import write_lm_eval_files
@@ -108,11 +109,12 @@ def _run_checkpoint(suite: Suite, folder: Path, label: str, out: Path, options: 
         setting = Setting(suite, out, options.out if first else out, cache, options.device, texts=options.texts)
         time = datetime.now(UTC).replace(tzinfo=None)
         outcome = _outcome(label, loaded, {}, {}, suite)
-        for results, failed in _run_tasks(suite, loaded, setting, console):
-            # After each task: whatever happens to those that follow, it stays.
-            outcome = _outcome(label, loaded, results, failed, suite)
-            if results:
-                _write(suite, loaded, outcome, results, out, options.matched, time)
+        with writing_into(out):
+            for results, failed in _run_tasks(suite, loaded, setting, console):
+                # After each task: whatever happens to those that follow, it stays.
+                outcome = _outcome(label, loaded, results, failed, suite)
+                if results:
+                    _write(suite, loaded, outcome, results, out, options.matched, time)
     if not outcome.metrics:
         raise UserError("\n".join(outcome.failed.values()))
     return outcome

@@ -1,6 +1,5 @@
 """What each kind of task in a suite does with a model: items, metrics, and the facts that its numbers depend on."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,8 @@ from engram.config import UserError
 from eval import perplexity, ranks
 from eval.benchmarks.catalogue import benchmarks
 from eval.benchmarks.code import CODE_TASKS
-from eval.benchmarks.convert import lines_of
+from eval.benchmarks.code import check_rows as check_code_rows
+from eval.benchmarks.convert import convert
 from eval.benchmarks.manifest import data_digest, whole
 from eval.benchmarks.sandbox import check_available, run_program
 from eval.documents import document_id, read_documents
@@ -212,6 +212,8 @@ def _code(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     splits = {split: _rows(data, paths) for split, paths in manifest.splits("").items()}
     if "test" not in splits:
         raise UserError(f"{data}: has no split `test`: add the data again")
+    for split, own_rows in splits.items():
+        check_code_rows(entry.task, own_rows, f"{data}, split {split}")
     shots = benchmarks()[entry.task].shots if entry.shots is None else entry.shots
     examples = splits.get("prompt", splits.get("train", []))[:shots]
     if len(examples) < shots:
@@ -254,4 +256,5 @@ def _code(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
 
 
 def _rows(folder: Path, paths: Sequence[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in paths for line in lines_of((folder / path).read_text(encoding="utf-8"))]
+    texts = {str(folder / path): (folder / path).read_text(encoding="utf-8") for path in paths}
+    return [row for path, text in texts.items() for row in convert("", text, path)]

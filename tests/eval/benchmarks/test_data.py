@@ -303,3 +303,43 @@ def test_what_add_data_refuses(
 ) -> None:
     assert main(["add-data", *arguments, "--data", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("../sotu", "test", "the benchmark's name is '../sotu', but must be letters"),
+        (".", "test", "the benchmark's name is '.', but must be"),
+        ("gsm8k", "../../x", "a split or subset is '..', but must be"),
+        ("gsm8k", "test/../../evil", "a split or subset is '../../evil', but must be"),
+        ("hellaswg", "test", "did you mean 'hellaswag'"),
+        ("triviaqa_zh", "test", "triviaqa_zh: a translation that was never published: there is no data to add"),
+        ("humaneval", "test", "humaneval, split test: row 0 is not one of humaneval .KeyError: 'prompt'."),
+        ("taken", "test", "taken: holds something else than a benchmark's data"),
+    ],
+)
+def test_names_that_lead_elsewhere(tmp_path: Path, name: str, place: str, message: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "x", "answer": "y"}\n')
+    folder = tmp_path / "data"
+    for kept in (tmp_path / "sotu", folder / "taken"):
+        kept.mkdir(parents=True)
+        (kept / "train_000.bin").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        add_files(folder, name, [(place, rows)], "MIT", "x")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_manifest_of_files_elsewhere(added: Path) -> None:
+    path = added / "c3" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"] = {"../../README.md": next(iter(manifest["files"].values()))}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"'\.\./\.\./README\.md' is no file of this folder"):
+        read_manifest(added / "c3")
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify-data", "--data", str(tmp_path / "none")]) == 2
+    assert "is no folder: name that of the benchmarks" in capsys.readouterr().err

@@ -161,7 +161,7 @@ def test_what_cannot_be_asked(long_run: Path, run_folder: Path, tmp_path: Path, 
         ("--match", "loss"): "--match loss needs another run to match with",
         ("--baseline", str(long_run), "--name", "baseline"): "both models are called 'baseline'",
         ("--squad", str(tmp_path / "none.json")): "cannot be read as JSON",
-        ("--baseline", str(run_folder)): "the context holds 32 tokens, but RULER needs 128",
+        ("--baseline", str(run_folder)): "the context holds 32 tokens, but RULER needs 256",
     }
     for arguments, message in cases.items():
         assert main([*start, *arguments]) == 2, arguments

@@ -1,6 +1,7 @@
 """Our models behind lm-eval: log-probabilities and texts by hand, splits, windows, lengths, and the cache."""
 
 import json
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,16 @@ def test_the_cache_answers_once_for_each_checkpoint(loaded: Loaded, other: Loade
     theirs = adapter(other, path).loglikelihood(asked)
     assert theirs == adapter(other).loglikelihood(asked)
     assert all(abs(a[0] - b[0]) > 1e-3 for a, b in zip(first, theirs, strict=True))
+
+
+@pytest.mark.parametrize("answer", ["null", "[]", '"x"', "[NaN, true]"])
+def test_a_cache_that_holds_something_else(loaded: Loaded, tmp_path: Path, answer: str) -> None:
+    path, asked = tmp_path / "cache.sqlite", instances("loglikelihood", PAIRS)
+    adapter(loaded, path).loglikelihood(asked)
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE answers SET answer = ?", (answer,))
+    with pytest.raises(UserError, match="the cache holds .*, which is no answer: delete it"):
+        adapter(loaded, path).loglikelihood(asked)
 
 
 def test_what_an_interrupted_evaluation_has_answered_is_kept(
