@@ -76,7 +76,10 @@ def test_logits_and_gradients_equal_deepseek_v3(shape: str, length: int) -> None
     for name, parameter in model.named_parameters():
         for public_name, gradient in _public_tensors(name, parameter.grad).items():
             expected = public_gradients.pop(public_name)
-            # Where a token has one expert, its weight is 1, and the router's gradient nothing but rounding.
-            error = (gradient - expected).abs().max() / expected.abs().max().clamp(min=1e-2)
+            if name.endswith("router.weight") and SHAPES[shape]["moe"]["top_k"] == 1:
+                # A token's only expert weighs 1, whatever the router says: both gradients are nothing but rounding.
+                assert max(gradient.abs().max(), expected.abs().max()) < 1e-4
+                continue
+            error = (gradient - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
             assert error < 1e-3, f"gradient of {name}: relative error {error:.2e}"
     assert not public_gradients
