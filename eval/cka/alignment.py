@@ -100,7 +100,9 @@ def soft_alignment(similarity: npt.ArrayLike, top_k: int = TOP_K) -> Array:
     order = np.argsort(-weights, axis=-2, kind="stable")[..., :top_k, :]
     chosen = np.take_along_axis(weights, order, -2)
     with np.errstate(invalid="ignore"):
-        return np.asarray((chosen * (order + 1)).sum(-2) / chosen.sum(-2))
+        mean = np.asarray((chosen * (order + 1)).sum(-2) / chosen.sum(-2))
+    # A mean of rows is no row beyond the last, to the last bit.
+    return mean.clip(1, weights.shape[-2])
 
 
 def warped(similarity: npt.ArrayLike) -> Array:

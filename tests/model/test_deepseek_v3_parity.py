@@ -47,7 +47,8 @@ SHAPES = {
             v_head_dim=8,
             yarn=dict(factor=10, original_max_position=32, beta_fast=32, beta_slow=1, mscale=0.707, mscale_all_dim=0.9),
         ),
-        moe=dict(num_experts=4, top_k=1, expert_dim=16, num_shared_experts=1, num_dense_layers=0),
+        # With one expert for each token, whose weight is 1, the router's gradient would be nothing but rounding.
+        moe=dict(num_experts=4, top_k=2, expert_dim=16, num_shared_experts=1, num_dense_layers=0),
     ),
 }
 
@@ -76,10 +77,6 @@ def test_logits_and_gradients_equal_deepseek_v3(shape: str, length: int) -> None
     for name, parameter in model.named_parameters():
         for public_name, gradient in _public_tensors(name, parameter.grad).items():
             expected = public_gradients.pop(public_name)
-            if name.endswith("router.weight") and SHAPES[shape]["moe"]["top_k"] == 1:
-                # A token's only expert weighs 1, whatever the router says: both gradients are nothing but rounding.
-                assert max(gradient.abs().max(), expected.abs().max()) < 1e-4
-                continue
             error = (gradient - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
             assert error < 1e-3, f"gradient of {name}: relative error {error:.2e}"
     assert not public_gradients
