@@ -1,12 +1,15 @@
-"""What a run is made of: where the parts of a model lie before DeepSpeed takes them."""
+"""What a run is made of: where a model's parts lie before DeepSpeed takes them, and what a processor is too slow for."""
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from engram.config import Config
 from engram.model.transformer import Transformer
+from engram.training import setup
 from engram.training.setup import move_around_backbone
+from engram.training.trainer import Trainer
 
 MakeConfig = Callable[..., Config]
 
@@ -21,3 +24,14 @@ def test_zero_3_takes_the_backbone_from_host_memory(make_config: MakeConfig) -> 
     assert all(buffer.is_meta for _, buffer in model.named_buffers())
     moved = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     assert moved == {name for name in names if name.endswith("memory.embed.weight")} != set()
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_processor_that_emulates_bfloat16_is_told(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, supported: bool
+) -> None:
+    monkeypatch.setattr(setup, "_emulates_bfloat16", lambda device: not supported)
+    for dtype, said in (("bfloat16", not supported), ("float32", False)):
+        caplog.clear()
+        Trainer(make_config(dtype, train={"dtype": dtype, "stop_after": 1})).fit()
+        assert ("train.dtype=float32 is several times as fast" in caplog.text) is said
