@@ -1,4 +1,4 @@
-"""What a run is made of: where a model's parts lie before DeepSpeed takes them, and what a processor is too slow for."""
+"""What a run is made of: where a model's parts lie before DeepSpeed takes them; processors that are too slow."""
 
 from collections.abc import Callable
 
