@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engram.kernels.products import widened
 from engram.memory.engram import Engram
 from engram.model.attention import Attention
 from engram.model.hyper_connection import expand
@@ -47,16 +48,16 @@ class LatentCache:
         q_BTHx = attention.queries(x_BTD).unflatten(-1, (heads, config.qk_head_dim))
         q_nope, q_rope = q_BTHx.split((nope, config.qk_rope_head_dim), dim=-1)
         up_HxL = attention.kv_b_proj.weight.to(x_BTD.dtype).unflatten(0, (heads, -1))
-        q_latent = torch.einsum("bthn,hnl->bthl", q_nope, up_HxL[:, :nope])
+        q_latent = torch.einsum("bthn,hnl->bthl", *widened(q_nope, up_HxL[:, :nope])).to(x_BTD.dtype)
         q_BHTE = torch.cat((q_latent, apply_rope(q_rope, *rope)), dim=-1).transpose(1, 2)
         entries_BHSE = self._entries_BSE[:, None, :end].expand(-1, heads, -1, -1)
         # Without a mask, either nothing came before or there is one new token, which looks at everything.
         causal = mask_TS is None and x_BTD.shape[1] > 1
         sum_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, entries_BHSE, entries_BHSE, attn_mask=mask_TS, is_causal=causal, scale=attention.scale
-        )
-        out = torch.einsum("bhtl,hvl->bthv", sum_BHTE[..., : config.kv_lora_rank], up_HxL[:, nope:])
-        return attention.o_proj(out.flatten(2))
+            *widened(q_BHTE, entries_BHSE, entries_BHSE), attn_mask=mask_TS, is_causal=causal, scale=attention.scale
+        ).to(x_BTD.dtype)
+        out = torch.einsum("bhtl,hvl->bthv", *widened(sum_BHTE[..., : config.kv_lora_rank], up_HxL[:, nope:]))
+        return attention.o_proj(out.flatten(2).to(x_BTD.dtype))
 
     def take(self, other: "LatentCache", rows_N: Tensor, length: int) -> None:
         """Begin with the first `length` entries of another cache's rows."""

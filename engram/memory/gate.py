@@ -1,8 +1,9 @@
 """Rows -> what the gate weighs: one key for each stream, and the value that all of them share."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from engram.kernels.products import linear
 
 
 def keys_and_value(rows: torch.Tensor, projection: nn.Linear, *, value_only: int | None = None) -> torch.Tensor:
@@ -12,4 +13,4 @@ def keys_and_value(rows: torch.Tensor, projection: nn.Linear, *, value_only: int
     """
     used = slice(None) if value_only is None else slice(-value_only, None)
     bias = None if projection.bias is None else projection.bias[used].to(rows.dtype)
-    return F.linear(rows, projection.weight[used].to(rows.dtype), bias)
+    return linear(rows, projection.weight[used].to(rows.dtype), bias)

@@ -1,10 +1,10 @@
 """The baseline that averages hashed n-gram rows into the input embedding (Over-Tokenized Transformer, 2501.16975)."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engram.config import OverEncodingConfig
+from engram.kernels.products import linear
 from engram.memory.hashing import NgramHash
 from engram.memory.table import RowTable
 from engram.memory.vocabulary import VocabularyMap
@@ -31,4 +31,4 @@ class OverEncoding(nn.Module):
         """embedded tokens E_0 [B, T, D], ids and document ids int64 [B, T] -> [B, T, D] in `embedded.dtype`."""
         hash_ids = self.hasher(compressed_ids, document_ids)[0]
         rows = self.embed(hash_ids, embedded.dtype)
-        return self.scale * (embedded + F.linear(rows, self.proj.weight.to(embedded.dtype)))
+        return self.scale * (embedded + linear(rows, self.proj.weight.to(embedded.dtype)))

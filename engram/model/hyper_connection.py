@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from engram.config import HyperConnectionConfig
 from engram.kernels.mhc_pre_post import mhc_coefficients_ref, mhc_post, mhc_pre_carry
+from engram.kernels.products import linear
 
 
 def expand(x_BTD: Tensor, hc_mult: int) -> Tensor:
@@ -94,5 +94,5 @@ class Readout(nn.Module):
         flat = x_BTGD.flatten(2)
         # The norm is a scalar of the token, so it follows the product.
         inverse_rms = torch.rsqrt(flat.float().square().mean(-1, keepdim=True) + self.norm_eps)
-        logits = F.linear(flat, self.weight.to(flat.dtype)).float() * inverse_rms * self.scale + self.bias
+        logits = linear(flat, self.weight.to(flat.dtype)).float() * inverse_rms * self.scale + self.bias
         return (torch.sigmoid(logits).to(x_BTGD.dtype).unsqueeze(-1) * x_BTGD).sum(2)

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from engram.kernels.products import linear
 
 
 class Linear(nn.Module):
@@ -13,4 +14,4 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(*out_shape, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(0, -2).to(x.dtype))
+        return linear(x, self.weight.flatten(0, -2).to(x.dtype))

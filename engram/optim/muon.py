@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engram.config import MuonConfig
+from engram.kernels.products import add_product, product
 from engram.optim.groups import Assignment
 from engram.optim.role import Role
 
@@ -30,9 +31,9 @@ def newton_schulz(stack_NRC: Tensor, steps: int) -> Tensor:
     norms_N11 = torch.linalg.vector_norm(stack_NRC, dim=(1, 2), keepdim=True, dtype=torch.float32)
     stack_NRC.div_((norms_N11 + 1e-7).to(stack_NRC.dtype))
     for _ in range(steps):
-        gram_NRR = torch.bmm(stack_NRC, stack_NRC.mT)
-        polynomial_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
-        stack_NRC = torch.baddbmm(stack_NRC, polynomial_NRR, stack_NRC, beta=a)
+        gram_NRR = product(stack_NRC, stack_NRC.mT)
+        polynomial_NRR = add_product(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
+        stack_NRC = add_product(stack_NRC, polynomial_NRR, stack_NRC, beta=a)
     return stack_NRC
 
 

@@ -18,6 +18,7 @@ from engram.data.shards import Dataset, verify_folder
 from engram.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from engram.distributed.plan import Plan
 from engram.distributed.world import World
+from engram.kernels.products import needs_widening
 from engram.memory.staged_table import StagedTable
 from engram.memory.table import RowTable
 from engram.memory.vocabulary import VocabularyMap
@@ -88,11 +89,8 @@ def build_model(
     else:
         model.to(device)
     model.compute_dtype = getattr(torch, config.train.dtype)
-    if config.train.dtype == "bfloat16" and _emulates_bfloat16(device):
-        logger.warning(
-            "train.dtype bfloat16 is emulated, because this processor has no instructions for it (AVX-512 or AMX): in "
-            "another run_dir, train.dtype=float32 is several times as fast"
-        )
+    if needs_widening(device.type, model.compute_dtype):
+        logger.info("products of bfloat16 matrices run in float32, as this processor has no instructions for them")
     model.activation_checkpointing = config.train.activation_checkpointing
     model.set_dense_table_gradients(config.optim.table.kind == "dense_adam")
     if config.train.compile:
@@ -133,12 +131,6 @@ def build_engine(plan: Plan, data: RunData, device: torch.device, world: World) 
     at_once = config.train.micro_batch_size or config.train.batch_size
     rows = StagedRows(model, stored.steps, device)
     return LocalEngine(model, optimizer, device, at_once, config.optim.clip_norm, rows, stored)
-
-
-def _emulates_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 matrices take longer there than those of float32."""
-    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return onednn and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _compile_obstacle(device: torch.device) -> str | None:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engram.config import UserError
+from engram.memory.gate import keys_and_value
 from engram.model.transformer import Transformer
 from eval.padding import padded_batches
 
@@ -100,13 +100,7 @@ def read_gates(model: Transformer, documents: Sequence[Sequence[int]], max_token
 def _measure(memory: Any, hidden_BTGD: Tensor, ids_BTH: Tensor, output_BTGD: Tensor) -> dict[str, Tensor]:
     rows_BTM = memory.embed(ids_BTH, hidden_BTGD.dtype)
     gate_BTG = memory.gates(hidden_BTGD, ids_BTH)
-    # The value is the last of the fused projection's parts.
-    width, bias = hidden_BTGD.shape[-1], memory.wkv.bias
-    value_BTD = F.linear(
-        rows_BTM,
-        memory.wkv.weight[-width:].to(rows_BTM.dtype),
-        None if bias is None else bias[-width:].to(rows_BTM.dtype),
-    )
+    value_BTD = keys_and_value(rows_BTM, memory.wkv, value_only=hidden_BTGD.shape[-1])
     stream_BTG = hidden_BTGD.float().norm(dim=-1).clamp(min=1e-12)
     return {
         "gate_LNG": gate_BTG.float(),

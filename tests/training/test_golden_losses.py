@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engram.config import load_config
+from engram.kernels import products
 from engram.model.transformer import Transformer
 from engram.optim.optimizer import build_optimizer
 
@@ -24,8 +25,13 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-4), ("bfloat16", 2e-3)])
-def test_losses_are_those_of_plain_torch(dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "widen"), [("float32", 5e-4, False), ("bfloat16", 2e-3, False), ("bfloat16", 2e-3, True)]
+)
+def test_losses_are_those_of_plain_torch(
+    dtype: str, tolerance: float, widen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_cpu_lacks_bfloat16", lambda: widen)
     config = load_config(ROOT / "configs/tiny_engram.yaml", SMALL)
     torch.manual_seed(0)
     model = Transformer(config.model).train()

@@ -1,4 +1,4 @@
-"""What a run is made of: where a model's parts lie before DeepSpeed takes them; processors that are too slow."""
+"""What a run is made of: where a model's parts lie before DeepSpeed takes them; what the log tells of the processor."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engram.config import Config
+from engram.kernels import products
 from engram.model.transformer import Transformer
-from engram.training import setup
 from engram.training.setup import move_around_backbone
 from engram.training.trainer import Trainer
 
@@ -26,12 +26,13 @@ def test_zero_3_takes_the_backbone_from_host_memory(make_config: MakeConfig) -> 
     assert moved == {name for name in names if name.endswith("memory.embed.weight")} != set()
 
 
-@pytest.mark.parametrize("supported", [True, False])
-def test_a_processor_that_emulates_bfloat16_is_told(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, supported: bool
+@pytest.mark.parametrize("lacking", [True, False])
+def test_the_log_tells_of_widened_products(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lacking: bool
 ) -> None:
-    monkeypatch.setattr(setup, "_emulates_bfloat16", lambda device: not supported)
-    for dtype, said in (("bfloat16", not supported), ("float32", False)):
+    monkeypatch.setattr(products, "_cpu_lacks_bfloat16", lambda: lacking)
+    for dtype, said in (("bfloat16", lacking), ("float32", False)):
         caplog.clear()
-        Trainer(make_config(dtype, train={"dtype": dtype, "stop_after": 1})).fit()
-        assert ("train.dtype=float32 is several times as fast" in caplog.text) is said
+        with caplog.at_level("INFO"):
+            Trainer(make_config(dtype, train={"dtype": dtype, "stop_after": 1})).fit()
+        assert ("products of bfloat16 matrices run in float32" in caplog.text) is said

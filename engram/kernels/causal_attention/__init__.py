@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from engram.kernels.causal_attention.native_cpu import NativeAttention, native_obstacle
 from engram.kernels.causal_attention.reference import causal, causal_attention_ref
 from engram.kernels.choose import Implementation, check_devices, choose
+from engram.kernels.products import widened
 
 __all__ = ["causal_attention", "causal_attention_ref"]
 
@@ -51,11 +52,12 @@ def _choice(impl: str, device: str, dtype: torch.dtype) -> str:
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     # CPU's fused kernel refuses values narrower than queries: zeros fill them up.
     missing = max(q.shape[-1] - v.shape[-1], 0) if q.device.type == "cpu" else 0
-    wide = F.pad(v, (0, missing)) if missing else v
+    padded = F.pad(v, (0, missing)) if missing else v
     if mask is not None:
         mask = mask & causal(q)
-    out = F.scaled_dot_product_attention(q, k, wide, mask, is_causal=mask is None, scale=scale)
-    return out[..., : v.shape[-1]]
+    wide_q, wide_k, wide_v = widened(q, k, padded)
+    out = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, mask, is_causal=mask is None, scale=scale)
+    return out[..., : v.shape[-1]].to(v.dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:

@@ -17,6 +17,7 @@ from engram.kernels.linear_cross_entropy.reference import (
     cross_entropy_chunk,
     linear_cross_entropy_ref,
 )
+from engram.kernels.products import product_into, widened
 
 __all__ = ["IGNORE", "linear_cross_entropy", "linear_cross_entropy_ref", "token_cross_entropy"]
 
@@ -58,14 +59,14 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, compiled: bool, impl: s
     """The summed loss, and its gradients by x and weight."""
     _check_targets(targets, len(weight))
     chunk_losses_ = _in_place(impl, compiled)
-    head = weight.to(x.dtype)
+    (head,) = widened(weight.to(x.dtype))
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     for part, logits_NV in _chunks(x, head):
-        torch.mm(x[part], head.t(), out=logits_NV)
+        product_into(logits_NV, x[part], head.t())
         total += chunk_losses_(logits_NV, targets[part]).sum()
-        torch.mm(logits_NV, head, out=grad_x[part])
+        product_into(grad_x[part], logits_NV, head)
         _add_product_(grad_weight, logits_NV.t(), x[part])
     return total, grad_x, grad_weight
 
@@ -73,10 +74,10 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, compiled: bool, impl: s
 @torch.library.custom_op("engram::token_cross_entropy", mutates_args=())
 def _token_losses(x: Tensor, weight: Tensor, targets: Tensor, impl: str) -> Tensor:
     _check_targets(targets, len(weight))
-    head = weight.to(x.dtype)
+    (head,) = widened(weight.to(x.dtype))
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     for part, logits_NV in _chunks(x, head):
-        torch.mm(x[part], head.t(), out=logits_NV)
+        product_into(logits_NV, x[part], head.t())
         losses[part] = _losses(impl)(logits_NV, targets[part])
     return losses
 
@@ -127,6 +128,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
+        a, b = widened(a, b)
         total += a @ b
 
 

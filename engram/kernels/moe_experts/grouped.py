@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engram.kernels.products import widened
+
 BLOCK = 16
 
 
@@ -43,7 +45,8 @@ def grouped_product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
 
     An operation of its own, because torch 2.13 cannot trace `grouped_mm` in float32.
     """
-    return F.grouped_mm(a, b, offs=ends_E)
+    wide_a, wide_b = widened(a, b)
+    return F.grouped_mm(wide_a, wide_b, offs=ends_E).to(a.dtype)
 
 
 @grouped_product.register_fake
