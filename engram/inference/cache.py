@@ -4,21 +4,19 @@ Per token and layer one latent and one rotated key, whatever the number of heads
 tokens one at a time, or in parts of any size, gives the same logits as one forward pass up to rounding. What several
 texts begin with is fed once: `branch` continues it in as many ways as are wanted.
 
-Legend: B batch, T new tokens, S tokens so far with the new ones, D hidden, G streams, H heads, N / R query-key
-dimensions without / with rotation, P = R / 2, L latent, E = L + R, V value dimension.
+Legend: B batch, T new tokens, S tokens so far with the new ones, D hidden, G streams, R query-key dimensions with
+rotation, P = R / 2, L latent, E = L + R.
 """
 
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from engram.kernels.products import widened
 from engram.memory.engram import Engram
 from engram.model.attention import Attention
 from engram.model.hyper_connection import expand
-from engram.model.rope import apply_rope, rope_tables, table_scale
+from engram.model.rope import rope_tables, table_scale
 from engram.model.transformer import Block, Transformer
 
 
@@ -33,31 +31,10 @@ class LatentCache:
         )
 
     def attend(self, x_BTD: Tensor, start: int, rope: tuple[Tensor, Tensor], mask_TS: Tensor | None) -> Tensor:
-        """Attention of the tokens at `start`, ... over all before them; their own entries are stored on the way.
-
-        The projection from latents to keys is applied to the queries instead, and the one to values to the weighted sum
-        of latents: no key or value of an earlier token is ever computed again.
-        """
-        attention, config = self._attention, self._attention.config
+        """Attention of the tokens at `start`, ... over all before them; their own entries are stored on the way."""
         end = start + x_BTD.shape[1]
-        latent, k_rope = attention.kv_a_proj(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        k_rope = apply_rope(k_rope.unsqueeze(2), *rope).squeeze(2)
-        self._entries_BSE[:, start:end] = torch.cat((attention.kv_a_norm(latent), k_rope), dim=-1)
-
-        heads, nope = config.num_heads, config.qk_nope_head_dim
-        q_BTHx = attention.queries(x_BTD).unflatten(-1, (heads, config.qk_head_dim))
-        q_nope, q_rope = q_BTHx.split((nope, config.qk_rope_head_dim), dim=-1)
-        up_HxL = attention.kv_b_proj.weight.to(x_BTD.dtype).unflatten(0, (heads, -1))
-        q_latent = torch.einsum("bthn,hnl->bthl", *widened(q_nope, up_HxL[:, :nope])).to(x_BTD.dtype)
-        q_BHTE = torch.cat((q_latent, apply_rope(q_rope, *rope)), dim=-1).transpose(1, 2)
-        entries_BHSE = self._entries_BSE[:, None, :end].expand(-1, heads, -1, -1)
-        # Without a mask, either nothing came before or there is one new token, which looks at everything.
-        causal = mask_TS is None and x_BTD.shape[1] > 1
-        sum_BHTE = F.scaled_dot_product_attention(
-            *widened(q_BHTE, entries_BHSE, entries_BHSE), attn_mask=mask_TS, is_causal=causal, scale=attention.scale
-        ).to(x_BTD.dtype)
-        out = torch.einsum("bhtl,hvl->bthv", *widened(sum_BHTE[..., : config.kv_lora_rank], up_HxL[:, nope:]))
-        return attention.o_proj(out.flatten(2).to(x_BTD.dtype))
+        self._entries_BSE[:, start:end] = self._attention.entries(x_BTD, rope)
+        return self._attention.over_entries(x_BTD, rope, self._entries_BSE[:, :end], mask_TS)
 
     def take(self, other: "LatentCache", rows_N: Tensor, length: int) -> None:
         """Begin with the first `length` entries of another cache's rows."""

@@ -72,6 +72,10 @@ class Engram(nn.Module):
         rows_BTM = self.embed(hash_ids, hidden.dtype)
         return self._gate(hidden, rows_BTM, (hash_ids >= 0).any(-1), conv=None)[1]
 
+    def values(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the gates weigh: rows [B, T, M] -> [B, T, D] in their dtype."""
+        return keys_and_value(rows, self.wkv, value_only=self.q_weight.shape[-1])
+
     def _gate(
         self, hidden: torch.Tensor, rows: torch.Tensor, alive: torch.Tensor, conv: ShortConv | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from engram.config import UserError
-from engram.memory.gate import keys_and_value
 from engram.model.transformer import Transformer
 from eval.padding import padded_batches
 
@@ -100,7 +99,7 @@ def read_gates(model: Transformer, documents: Sequence[Sequence[int]], max_token
 def _measure(memory: Any, hidden_BTGD: Tensor, ids_BTH: Tensor, output_BTGD: Tensor) -> dict[str, Tensor]:
     rows_BTM = memory.embed(ids_BTH, hidden_BTGD.dtype)
     gate_BTG = memory.gates(hidden_BTGD, ids_BTH)
-    value_BTD = keys_and_value(rows_BTM, memory.wkv, value_only=hidden_BTGD.shape[-1])
+    value_BTD = memory.values(rows_BTM)
     stream_BTG = hidden_BTGD.float().norm(dim=-1).clamp(min=1e-12)
     return {
         "gate_LNG": gate_BTG.float(),
