@@ -69,6 +69,16 @@ def load(
     return Loaded(checkpoint.folder, model, tokenizer, checkpoint.config, int(checkpoint.state["step"]))
 
 
+def beyond_training(loaded: Loaded, length: int) -> str | None:
+    """What to say where a model reads more tokens at once than it did in training; None where it does not."""
+    trained = loaded.config.data.sequence_length
+    if length <= trained:
+        return None
+    return (
+        f"{length:,} tokens are read at once, but {loaded.folder} was trained on {trained:,}: positions beyond are new"
+    )
+
+
 def open_split(folder: str | Path, tokenizer: Tokenizer, split: str = "validation") -> Dataset:
     """A split of a prepared folder. Raises UserError: not prepared, damaged, or made with another tokenizer."""
     dataset = Dataset(folder, "train" if split == "train" else "validation", verify=True)

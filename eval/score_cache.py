@@ -70,6 +70,17 @@ class ScoreCache:
         if self._connection is not None:
             self._connection.close()
 
+    def remove_if_empty(self) -> None:
+        """Delete the file of a closed cache that never got an answer."""
+        if self._path is None or not self._path.exists():
+            return
+        with self._explained():
+            connection = sqlite3.connect(self._path)
+            (answers,) = connection.execute("SELECT EXISTS (SELECT 1 FROM answers)").fetchone()
+            connection.close()
+            if not answers:
+                self._path.unlink()
+
     def _key(self, request: Any) -> str:
         return hashlib.sha256(json.dumps([self._identity, request], sort_keys=True).encode()).hexdigest()
 

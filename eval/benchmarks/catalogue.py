@@ -35,7 +35,7 @@ def benchmarks() -> dict[str, Benchmark]:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The message about a name that nothing has, with the nearest that something has."""
-    names = list(known)
+    names = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"there is no {what} {name!r}: {hint}(known: {', '.join(names)})")

@@ -17,10 +17,15 @@ Converter = Callable[[str], Iterator[Row]]
 
 def lines(text: str) -> Iterator[Row]:
     """JSON lines, as they are."""
-    for line in lines_of(text):
-        row = json.loads(line)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"a line holds {type(row).__name__}, but each must be one JSON object")
+            raise ValueError(f"line {number} holds {type(row).__name__}, but each must be one JSON object")
         yield row
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from engram.config import UserError
 from engram.model.transformer import Transformer
 from eval.capture import Capture
-from eval.lens.logit_lens import batch_tokens, merged_states
 from eval.padding import padded_batches
 from eval.points import Point
+from eval.states import batch_tokens, merged_states
 
 Ints = npt.NDArray[np.int64]
 

@@ -1,6 +1,7 @@
 """`python -m eval gates`: the memory's gates over a text, or over documents with a score for every layer and stream."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from engram.config import UserError
@@ -37,7 +38,7 @@ def _text(options: argparse.Namespace) -> None:
     from engram.report.figure import to_csv
     from engram.report.page import Page
     from eval.gates import text as gates
-    from eval.loading import check_target, load
+    from eval.loading import beyond_training, check_target, load
 
     check_target(options.out)
     loaded = load(options.checkpoint, options.device, "float32", options.threads)
@@ -45,6 +46,9 @@ def _text(options: argparse.Namespace) -> None:
     found = gates.measure(loaded.model, ids, gates.token_texts(loaded.tokenizer, ids))
     page = Page("Memory gates", f"{loaded.folder}")
     page.text(gates.CAPTION)
+    if warning := beyond_training(loaded, len(ids)):
+        print(f"warning: {warning}", file=sys.stderr)
+        page.note(warning)
     page.html(found.html())
     table = options.out.with_suffix(".csv")
     try:

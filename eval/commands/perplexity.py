@@ -1,6 +1,7 @@
 """`python -m eval perplexity`: loss, perplexity and bits per byte on prepared data."""
 
 import argparse
+import sys
 
 from eval.commands.options import add_checkpoint, add_dtype, add_tables, count, show
 
@@ -20,12 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from eval import perplexity
-    from eval.loading import check_rows, load, open_split
+    from eval.loading import beyond_training, check_rows, load, open_split
 
     loaded = load(options.checkpoint, options.device, options.dtype, options.threads, options.tables)
     length, batch_size = options.sequence_length or loaded.config.data.sequence_length, loaded.config.eval.batch_size
     dataset = open_split(options.data or loaded.config.data.path, loaded.tokenizer, options.split)
     check_rows(dataset, length, options.tokens)
+    if warning := beyond_training(loaded, length):
+        print(f"warning: {warning}", file=sys.stderr)
     result = perplexity.measure_split(loaded.model, loaded.tokenizer, dataset, length, batch_size, options.tokens)
     facts = {
         "checkpoint": str(loaded.folder),

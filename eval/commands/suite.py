@@ -79,6 +79,8 @@ def run(options: argparse.Namespace) -> None:
         whole = overall(differences)
         resolved = sum(one.verdict != "not resolved" for one in whole)
         print(f"{resolved} of {len(whole)} differences resolved at {suite.level:.0%}")
+    for warning in dict.fromkeys(text for series in outcomes for one in series for text in one.warnings):
+        print(f"warning: {warning}", file=sys.stderr)
     print(page)
     failed = {f"{one.label}, {task}": why for series in outcomes for one in series for task, why in one.failed.items()}
     if failed:

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from engram.config import ModelConfig
 from engram.model.transformer import Block, Transformer
 from eval.capture import Capture
-from eval.lens.logit_lens import batch_tokens, chunk_tokens
 from eval.padding import PaddedBatch, padded_batches
 from eval.points import Point
+from eval.states import batch_tokens, chunk_tokens
 
 # A part of a block reads the streams at the first point and leaves them at the second.
 PARTS: dict[str, tuple[Point, Point]] = {

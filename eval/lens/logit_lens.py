@@ -26,6 +26,7 @@ from engram.model.transformer import Transformer
 from eval.capture import Capture
 from eval.padding import padded_batches
 from eval.points import Point
+from eval.states import batch_tokens, chunk_tokens, merged_states
 
 METRICS = (
     "kl_layer_to_final",
@@ -35,12 +36,6 @@ METRICS = (
     "top1_agreement",
     "top5_agreement",
 )
-# Logits of one chunk: 2^20 float32 values are 4 MiB, of which a few stay in a CPU's caches; fewer tokens than 128 would
-# not pay for reading the head.
-_CHUNK_LOGITS, _CHUNK_TOKENS = 2**20, 128
-# Numbers of all captured states of one batch: 2^26 float32 values are 256 MiB.
-_STATES = 2**26
-_MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -142,21 +137,6 @@ def measure(
             advance(len(where))
     counts = np.array([len(row) for row in rows], np.int64)
     return Lens(found, sums_NPM.cpu().numpy(), counts)
-
-
-def batch_tokens(config: ModelConfig, places: int) -> int:
-    """Tokens whose states at so many places fit into a quarter of a GiB."""
-    return min(_MAX_TOKENS, max(1, _STATES // (places * config.hc_mult * config.hidden_size)))
-
-
-def chunk_tokens(vocab_size: int) -> int:
-    """Tokens whose logits are held at once."""
-    return max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocab_size)
-
-
-def merged_states(model: Transformer, x_nGD: Tensor) -> Tensor:
-    """States [n, D] of single tokens, merged as the model merges its streams in the end."""
-    return model.merge(x_nGD.unsqueeze(0)).squeeze(0)
 
 
 def final_logprobs(model: Transformer, x_nD: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from engram.model.transformer import Transformer
 from eval.capture import Capture
-from eval.lens.logit_lens import Place, Translate, batch_tokens, final_logprobs, merged_states, places
+from eval.lens.logit_lens import Place, Translate, final_logprobs, places
 from eval.padding import padded_batches
+from eval.states import batch_tokens, merged_states
 
 
 @dataclass(frozen=True)

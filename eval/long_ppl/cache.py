@@ -11,6 +11,7 @@ from eval.loading import Loaded
 from eval.long_ppl.measure import Losses, Windows, short_losses, whole_losses
 from eval.score_cache import checkpoint_digest
 
+OWN_EVALUATOR = "{} is the evaluator itself: its key tokens are those that it predicts well, which favours it"
 # Counts changes of how these losses are made.
 VERSION = 1
 

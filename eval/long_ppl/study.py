@@ -16,7 +16,7 @@ from engram.config import UserError
 from engram.training.provenance import origin
 from eval.documents import read_documents
 from eval.loading import Loaded, open_split
-from eval.long_ppl.cache import documents_digest, evaluator_losses
+from eval.long_ppl.cache import OWN_EVALUATOR, documents_digest, evaluator_losses
 from eval.long_ppl.copy_texts import CopyText, agreement, copy_texts
 from eval.long_ppl.measure import Losses, Windows, whole_losses
 from eval.long_ppl.page import Draws, Measured, Thresholds, at, build_page, terminal_lines
@@ -141,11 +141,7 @@ def _sizes(models: Mapping[str, Loaded], wanted: Wanted) -> tuple[int, Windows]:
 def _warnings(evaluator: Loaded, models: Mapping[str, Loaded]) -> list[str]:
     """A model that chooses the key tokens chooses those that it is good at."""
     own = checkpoint_digest(evaluator.folder)
-    return [
-        f"{name} is the evaluator itself: its key tokens are those that it predicts well, which favours it"
-        for name, loaded in models.items()
-        if checkpoint_digest(loaded.folder) == own
-    ]
+    return [OWN_EVALUATOR.format(name) for name, loaded in models.items() if checkpoint_digest(loaded.folder) == own]
 
 
 def _results(

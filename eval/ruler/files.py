@@ -14,7 +14,7 @@ from eval.ruler.tasks import Sources
 
 MANIFEST = "manifest.json"
 # Counts changes of what a sample of given settings is.
-VERSION = 1
+VERSION = 2
 
 
 def settings(

@@ -17,11 +17,9 @@ from eval.models import load_models
 from eval.output import writing_into
 from eval.results import Metric, summarise, write_results
 from eval.ruler.files import make_samples, settings
-from eval.ruler.haystacks import read_essay
 from eval.ruler.measure import check_lengths, measure
 from eval.ruler.page import Answered, build_page, terminal_lines
-from eval.ruler.questions import read_hotpot, read_squad
-from eval.ruler.tasks import ProfileName, Sources, all_tasks, choose
+from eval.ruler.tasks import ProfileName, all_tasks, choose, read_sources
 from eval.score_cache import checkpoint_digest
 
 # Below this, the longer tasks do not fit the words of every tokenizer.
@@ -59,11 +57,7 @@ def study(
     Raises UserError before anything is measured: different tokenizers, a length beyond a context, a task that does not
     fit its length, an unknown task, a source file that cannot be read.
     """
-    sources = Sources(
-        essay=read_essay(wanted.essay) if wanted.essay else None,
-        squad=read_squad(wanted.squad) if wanted.squad else None,
-        hotpot=read_hotpot(wanted.hotpot) if wanted.hotpot else None,
-    )
+    sources = read_sources(wanted.essay, wanted.squad, wanted.hotpot)
     tasks = choose(all_tasks(wanted.profile, sources), wanted.tasks)
     models = load_models(checkpoints, device, "float32", threads)
     tokenizer = next(iter(models.values())).tokenizer

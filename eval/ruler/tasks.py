@@ -7,13 +7,14 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from engram.config import UserError
 from eval.ruler import extraction, niah, questions, tracking
-from eval.ruler.haystacks import Essay
+from eval.ruler.haystacks import Essay, read_essay
 from eval.ruler.niah import Needles
-from eval.ruler.questions import QuestionSet
+from eval.ruler.questions import QuestionSet, read_hotpot, read_squad
 from eval.ruler.sample import Case, Plan, Task
 
 ProfileName = Literal["full", "tiny"]
@@ -42,6 +43,15 @@ class Sources:
     essay: Essay | None = None
     squad: QuestionSet | None = None
     hotpot: QuestionSet | None = None
+
+
+def read_sources(essay: Path | None, squad: Path | None, hotpot: Path | None) -> Sources:
+    """Raises UserError: a file that cannot be read, or is not what it should be."""
+    return Sources(
+        essay=read_essay(essay) if essay else None,
+        squad=read_squad(squad) if squad else None,
+        hotpot=read_hotpot(hotpot) if hotpot else None,
+    )
 
 
 def all_tasks(profile: ProfileName, sources: Sources) -> dict[str, Task]:

@@ -48,7 +48,8 @@ TINY = Wording(
     hops=2,
     values=range(100, 1000),
     variable="{}",
-    letters=(2, 2),
+    # Two would stand in any text now and then.
+    letters=(3, 3),
     noise=("Here we go.",),
     example_noise=3,
 )

@@ -6,15 +6,16 @@ from pathlib import Path
 from engram.config import UserError
 from engram.training.checkpoint import open_checkpoint
 from eval.benchmarks.code import CODE_TASKS
-from eval.benchmarks.manifest import MANIFEST, read_manifest
+from eval.benchmarks.manifest import MANIFEST, whole
 from eval.benchmarks.packages import PACKAGES
+from eval.ruler.tasks import read_sources
 from eval.suites.lm_tasks import lm_eval_tasks
 from eval.suites.settings import NATIVE, Entry, Suite
 
 
 def check_suite(suite: Suite, run_code: bool) -> None:
-    """Raise UserError: data that is missing, of all tasks in one message; no evaluator; programs that may not run; no
-    lm-eval."""
+    """Raise UserError: data that is missing, of all tasks in one message, or altered; no evaluator, no source of
+    RULER's texts; programs that may not run; no lm-eval."""
     asked = [entry for entry in suite.tasks if entry.task not in NATIVE or entry.yaml is not None]
     missing = [entry for entry in asked if not (data_folder(suite, entry) / MANIFEST).is_file()]
     if missing:
@@ -23,9 +24,11 @@ def check_suite(suite: Suite, run_code: bool) -> None:
             f"{len(missing)} of {len(suite.tasks)} tasks have no data in {suite.data}:\n{lines}\nadd it (python -m "
             "eval verify-data lists what is there), or leave these tasks out of the suite's file"
         )
+    # Reading everything once takes seconds, and what follows may take hours.
     for entry in asked:
-        read_manifest(data_folder(suite, entry))
+        whole(data_folder(suite, entry))
     for entry in suite.tasks:
+        read_sources(entry.essay, entry.squad, entry.hotpot)
         if entry.evaluator is not None:
             open_checkpoint(entry.evaluator)
     for entry in asked:

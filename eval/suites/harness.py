@@ -5,10 +5,10 @@ Differs from lm-eval's own Hugging Face backend where that would change scores s
 is allowed, and then counted for each task. Importing this file needs the extra `eval`.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -28,14 +28,21 @@ KEPT_AT_ONCE = {"loglikelihood": 2048, "generate_until": 256}
 
 @dataclass
 class Counts:
-    """By task: requests, those whose beginning was cut off, those whose first scored token began in the context, and
-    those whose first scored token has no context at all."""
+    """By task: requests, questions (by their number) whose beginning was cut off, requests whose first scored token
+    began in the context, and those whose first scored token has no context at all."""
 
     requests: Counter[str] = field(default_factory=Counter)
-    truncated: Counter[str] = field(default_factory=Counter)
+    truncated: defaultdict[str, set[int | None]] = field(default_factory=lambda: defaultdict(set))
     merged: Counter[str] = field(default_factory=Counter)
     # After the end of a document: what training never scores.
     after_end: Counter[str] = field(default_factory=Counter)
+
+
+class Origin(NamedTuple):
+    """What a request was made for; all choices of a question share it."""
+
+    task: str
+    question: int | None
 
 
 class EngramLM(TemplateLM):
@@ -82,7 +89,7 @@ class EngramLM(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log P(continuation | context), whether greedy decoding writes it) of each (context, continuation)."""
         pairs = [cast(tuple[str, str], request.args) for request in requests]
-        encoded = self._encode_pairs([request.task_name or "" for request in requests], pairs)
+        encoded = self._encode_pairs([_origin(request) for request in requests], pairs)
         return self._loglikelihood_tokens([(pair, *ids) for pair, ids in zip(pairs, encoded, strict=True)])
 
     def _loglikelihood_tokens(
@@ -111,7 +118,7 @@ class EngramLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text after each context, up to the first of its stop strings."""
-        questions = [self._question(request.task_name or "", *request.args) for request in requests]
+        questions = [self._question(_origin(request), *request.args) for request in requests]
         # A task may ask for several answers to one prompt: each is another draw.
         seen: Counter[Question] = Counter()
         for place, question in enumerate(questions):
@@ -120,7 +127,7 @@ class EngramLM(TemplateLM):
         return self._answered("generate_until", questions, self._generate)
 
     def _encode_pairs(
-        self, tasks: Sequence[str], pairs: Sequence[tuple[str, str]]
+        self, origins: Sequence[Origin], pairs: Sequence[tuple[str, str]]
     ) -> list[tuple[list[int], list[int]]]:
         """lm-eval's split: spaces at the context's end go over, both are encoded as one text and cut where the context
         alone would end. At least one token is scored, also where the cut falls inside the last one."""
@@ -128,7 +135,8 @@ class EngramLM(TemplateLM):
         texts = list(dict.fromkeys(text for pair in moved for text in (pair[0], pair[0] + pair[1])))
         ids = dict(zip(texts, self._loaded.tokenizer.encode_batch(texts), strict=True))
         split: list[tuple[list[int], list[int]]] = []
-        for task, (context, continuation) in zip(tasks, moved, strict=True):
+        for origin, (context, continuation) in zip(origins, moved, strict=True):
+            task = origin.task
             self.counts.requests[task] += 1
             whole, given = ids[context + continuation], ids[context]
             if not whole:
@@ -143,16 +151,16 @@ class EngramLM(TemplateLM):
                 # One token holds both: it is scored after the start of a text.
                 context_ids, continuation_ids = [self.prefix_token_id], whole
             self.counts.after_end[task] += continuation_ids is whole
-            split.append((self._fit(task, context_ids, len(continuation_ids) - 1), continuation_ids))
+            split.append((self._fit(origin, context_ids, len(continuation_ids) - 1), continuation_ids))
         return split
 
-    def _question(self, task: str, context: str, settings: dict[str, Any]) -> Question:
+    def _question(self, origin: Origin, context: str, settings: dict[str, Any]) -> Question:
         until = settings.get("until") or ()
         new = int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
         temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
-        self.counts.requests[task] += 1
+        self.counts.requests[origin.task] += 1
         return Question(
-            prompt=tuple(self._fit(task, self.tok_encode(context) or [self.prefix_token_id], new)),
+            prompt=tuple(self._fit(origin, self.tok_encode(context) or [self.prefix_token_id], new)),
             stops=(until,) if isinstance(until, str) else tuple(until),
             max_new_tokens=new,
             temperature=temperature,
@@ -160,18 +168,19 @@ class EngramLM(TemplateLM):
             top_p=settings.get("top_p") if temperature else None,
         )
 
-    def _fit(self, task: str, context: list[int], more: int) -> list[int]:
+    def _fit(self, origin: Origin, context: list[int], more: int) -> list[int]:
         """The context, or its end where it does not fit beside `more` tokens and may be cut. Raises UserError."""
         room = self.max_length - more
         if len(context) <= room:
             return context
         if not self._allow_truncation or room < 1:
+            needed = len(context) + more
             raise UserError(
-                f"task {task}: a request needs {len(context) + more:,} tokens, but max_length is {self.max_length:,}: "
+                f"task {origin.task}: a request needs {needed:,} tokens, but max_length is {self.max_length:,}: "
                 "use fewer shots, raise max_length, or set allow_truncation: true"
                 + (" (here even the answer alone is too long)" if room < 1 else "")
             )
-        self.counts.truncated[task] += 1
+        self.counts.truncated[origin.task].add(origin.question)
         return context[-room:]
 
     def _answered(self, kind: str, asked: Sequence[Any], find: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
@@ -203,6 +212,10 @@ class EngramLM(TemplateLM):
 
     def _generate(self, questions: Sequence[Question]) -> list[Any]:
         return list(answer_together(self._loaded, questions, self._advance))
+
+
+def _origin(request: Instance) -> Origin:
+    return Origin(request.task_name or "", request.doc_id)
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:

@@ -34,6 +34,8 @@ def write_page(
     if note:
         page.note(note)
     for one in latest:
+        for warning in one.warnings:
+            page.note(f"{one.label}: {warning}")
         for task, reason in one.failed.items():
             page.note(f"{one.label}: {task} was not measured: {reason}")
     page.section("Scores", f"Means over items with {suite.level:.0%} intervals of the bootstrap over items.")

@@ -6,9 +6,10 @@ OUT/  metrics.csv items.csv metrics.parquet provenance.json  results_<time>.json
 """
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from engram.config import UserError
 from engram.model.accounting import rho
 from engram.training.checkpoint_files import CHECKSUMS, latest_checkpoint, step_folders
+from engram.training.files import sha256
+from engram.training.metrics import read_metrics
 from engram.training.provenance import origin
 from eval import ranks
 from eval.bootstrap import interval
@@ -59,6 +62,8 @@ class Outcome:
     intervals: dict[tuple[str, str, str], tuple[float, float]]
     # Why tasks could not be run, by their names.
     failed: dict[str, str]
+    # What a reader of the numbers must know, each with its task's name.
+    warnings: tuple[str, ...] = ()
 
 
 def checkpoints(path: str | Path, last: int) -> list[Path]:
@@ -97,7 +102,7 @@ def run_suite(
 def _run_checkpoint(suite: Suite, folder: Path, label: str, out: Path, options: Options, console: Console) -> Outcome:
     loaded = load(folder, options.device, suite.dtype, options.threads)
     with ExitStack() as undo:
-        first = ranks.world()[0] == 0
+        first, had_tasks = ranks.world()[0] == 0, (out / "tasks").exists()
         if not first:
             out = Path(undo.enter_context(tempfile.TemporaryDirectory()))
         try:
@@ -115,9 +120,20 @@ def _run_checkpoint(suite: Suite, folder: Path, label: str, out: Path, options: 
                 outcome = _outcome(label, loaded, results, failed, suite)
                 if results:
                     _write(suite, loaded, outcome, results, out, options.matched, time)
-    if not outcome.metrics:
-        raise UserError("\n".join(outcome.failed.values()))
+        if not outcome.metrics:
+            undo.close()
+            _clear(out, cache, tasks=not had_tasks)
+            raise UserError("\n".join(outcome.failed.values()))
     return outcome
+
+
+def _clear(out: Path, cache: ScoreCache, tasks: bool) -> None:
+    """A folder in which nothing was measured keeps no preparations. `tasks`: whether lm-eval's files are new."""
+    if tasks:
+        shutil.rmtree(out / "tasks", ignore_errors=True)
+    cache.remove_if_empty()
+    with suppress(OSError):
+        out.rmdir()
 
 
 def _outcome(
@@ -125,7 +141,9 @@ def _outcome(
 ) -> Outcome:
     items = [item for result in results.values() for item in result.items]
     metrics = [metric for result in results.values() for metric in result.metrics]
-    return Outcome(label, loaded.folder, loaded.step, metrics, items, _intervals(items, suite), dict(failed))
+    intervals = _intervals(items, suite)
+    warnings = tuple(f"{name}: {text}" for name, result in results.items() for text in result.warnings)
+    return Outcome(label, loaded.folder, loaded.step, metrics, items, intervals, dict(failed), warnings)
 
 
 def _run_tasks(
@@ -174,18 +192,28 @@ def _write(
         **identity(loaded),
         "checkpoint_folder": str(loaded.folder),
         "step": loaded.step,
+        "tokens": loaded.step * loaded.config.tokens_per_step,
+        "val_loss": _val_loss(loaded),
+        "config": sha256(loaded.folder / "config.yaml"),
         "seed": loaded.config.seed,
         "rho": rho(loaded.config.model),
         "matched": matched,
         "suite": suite.model_dump(mode="json"),
         "tasks": {name: result.facts for name, result in results.items()},
         "failed": outcome.failed,
+        "warnings": outcome.warnings,
         "created_at": time.isoformat(),
     }
     write_results(out, outcome.metrics, outcome.items, facts)
     write_tidy(out / "metrics.parquet", [_tidy(metric, outcome, facts) for metric in outcome.metrics])
     if found := [result.found for result in results.values() if result.found is not None]:
         write_lm_eval_files(out, found, {"engram": facts}, time)
+
+
+def _val_loss(loaded: Loaded) -> float | None:
+    """What the run logged at this checkpoint's step, in nats per token."""
+    lines = read_metrics(loaded.folder.parent / "metrics.jsonl")
+    return next((line.get("val_loss") for line in lines if line["step"] == loaded.step), None)
 
 
 def _tidy(metric: Metric, outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +228,10 @@ def _tidy(metric: Metric, outcome: Outcome, facts: dict[str, Any]) -> dict[str, 
         "checkpoint": str(outcome.folder),
         "checkpoint_sha256": facts["checkpoint"],
         "tokenizer_sha256": facts["tokenizer"],
+        "config_sha256": facts["config"],
         "step": outcome.step,
+        "tokens": facts["tokens"],
+        "val_loss": facts["val_loss"],
         "seed": facts["seed"],
         "rho": facts["rho"],
         "matched": facts["matched"],

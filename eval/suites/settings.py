@@ -18,7 +18,7 @@ _ASKED = ("shots", "limit", "max_length", "allow_truncation", "yaml", "data")
 _USED: dict[str, tuple[str, ...]] = {
     "perplexity": ("lengths", "tokens", "data"),
     "facts": (),
-    "ruler": ("lengths", "limit"),
+    "ruler": ("lengths", "limit", "profile", "essay", "squad", "hotpot"),
     "long_ppl": ("lengths", "tokens", "data", "evaluator"),
 }
 Level = Annotated[float, Field(gt=0.5, lt=1)]
@@ -44,6 +44,12 @@ class Entry(Settings):
     lengths: tuple[Count, ...] = ()
     # perplexity, long_ppl: tokens at most.
     tokens: Count | None = None
+    # ruler: short wording or NVIDIA's; a text that hides needles, SQuAD's dev-v2.0.json, hotpot_dev_distractor_v1.json.
+    # Without these files, texts and questions are invented.
+    profile: Literal["tiny", "full"] = "tiny"
+    essay: Path | None = None
+    squad: Path | None = None
+    hotpot: Path | None = None
     # long_ppl: the checkpoint or run folder that says which tokens need a long context.
     evaluator: Path | None = None
     # perplexity, long_ppl: prepared data; null: what the model was trained on. Others: a folder with a manifest.json.
@@ -72,7 +78,7 @@ class Entry(Settings):
         if self.task == "long_ppl" and self.evaluator is None:
             raise ValueError("task long_ppl needs an evaluator: the checkpoint that says which tokens are measured")
         used = _USED.get(self.task, _ASKED)
-        for key in (*_ASKED, "lengths", "tokens", "evaluator"):
+        for key in (*_ASKED, *(name for names in _USED.values() for name in names)):
             if key in used:
                 continue
             if getattr(self, key) != type(self).model_fields[key].default:

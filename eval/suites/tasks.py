@@ -17,12 +17,13 @@ from eval.benchmarks.manifest import data_digest, whole
 from eval.benchmarks.sandbox import check_available, run_program
 from eval.documents import document_id, read_documents
 from eval.facts.score import facts_items
-from eval.loading import Loaded, check_rows, open_split
+from eval.loading import Loaded, beyond_training, check_rows, open_split
+from eval.long_ppl.cache import OWN_EVALUATOR
 from eval.results import Item, Metric, is_loss, summarise
 from eval.ruler.files import make_samples, settings
-from eval.ruler.measure import measure
-from eval.ruler.tasks import Sources, all_tasks
-from eval.score_cache import ScoreCache
+from eval.ruler.measure import check_lengths, measure
+from eval.ruler.tasks import all_tasks, read_sources
+from eval.score_cache import ScoreCache, checkpoint_digest
 from eval.sensitivity.memory_loss import token_losses
 from eval.stepwise import Question, answer
 from eval.suites.check import data_folder, is_code
@@ -51,12 +52,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """`found`: what lm-eval itself returned, for tasks that it ran."""
+    """`found`: what lm-eval itself returned, where it ran; `warnings`: what readers of the numbers must know."""
 
     items: list[Item]
     metrics: list[Metric]
     facts: dict[str, Any] = field(default_factory=dict)
     found: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def run_entry(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
@@ -78,7 +80,7 @@ def _perplexity(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     dataset = open_split(entry.data or setting.texts or loaded.config.data.path, loaded.tokenizer)
     items: list[Item] = []
     metrics: list[Metric] = []
-    for length in entry.lengths or (loaded.config.data.sequence_length,):
+    for length in _lengths(entry, loaded):
         check_rows(dataset, length, entry.tokens)
         task = f"{entry.title}@{length}"
         batch_size = max(1, setting.suite.max_tokens // length)
@@ -92,7 +94,13 @@ def _perplexity(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
         own = list(_document_items(loaded, task, documents, setting.suite.max_tokens))
         items += own
         metrics += summarise(own)
-    return TaskResult(items, metrics, {"data": str(dataset.folder)})
+    beyond = _beyond(loaded, max(entry.lengths, default=0))
+    return TaskResult(items, metrics, {"data": str(dataset.folder)}, warnings=beyond)
+
+
+def _beyond(loaded: Loaded, length: int) -> tuple[str, ...]:
+    warning = beyond_training(loaded, length)
+    return () if warning is None else (warning,)
 
 
 def _facts(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
@@ -101,10 +109,11 @@ def _facts(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
 
 
 def _ruler(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
-    """The 13 tasks in the short wording, on invented texts."""
-    sources = Sources()
-    tasks, lengths = all_tasks("tiny", sources), entry.lengths or (loaded.config.data.sequence_length,)
-    wanted = settings("tiny", tasks, lengths, entry.limit or 50, setting.suite.seed, loaded.tokenizer.digest, sources)
+    """The 13 tasks, on invented texts where the suite names none."""
+    sources, lengths = read_sources(entry.essay, entry.squad, entry.hotpot), _lengths(entry, loaded)
+    check_lengths(lengths, loaded)
+    tasks, digest = all_tasks(entry.profile, sources), loaded.tokenizer.digest
+    wanted = settings(entry.profile, tasks, lengths, entry.limit or 50, setting.suite.seed, digest, sources)
     samples = make_samples(setting.out / "ruler", tasks, loaded.tokenizer, wanted)
     found = measure(loaded, samples, generate=True, advance=setting.advance)
     items = [replace(item, task=f"{entry.title}/{item.task}@{item.group}", group="") for item in found]
@@ -116,14 +125,19 @@ def _long_ppl(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     metrics: list[Metric] = []
     facts: dict[str, Any] = {}
     data, cache = entry.data or setting.texts or loaded.config.data.path, setting.shared / "long_ppl"
-    for context in entry.lengths or (loaded.config.data.sequence_length,):
+    for context in _lengths(entry, loaded):
         own, whole_corpus, made = long_ppl_results(
             loaded, entry, context, data, cache, setting.device, setting.suite.max_tokens
         )
         items += own
         metrics += whole_corpus + summarise(own)
         facts[str(context)] = made
-    return TaskResult(items, metrics, facts)
+    own_evaluator = any(made["evaluator_sha256"] == checkpoint_digest(loaded.folder) for made in facts.values())
+    return TaskResult(items, metrics, facts, warnings=(OWN_EVALUATOR.format(loaded.folder),) if own_evaluator else ())
+
+
+def _lengths(entry: Entry, loaded: Loaded) -> tuple[int, ...]:
+    return entry.lengths or (loaded.config.data.sequence_length,)
 
 
 def _document_items(loaded: Loaded, task: str, documents: Sequence[Sequence[int]], max_tokens: int) -> Iterator[Item]:
@@ -159,7 +173,7 @@ def _harness(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     better = {
         name: bool(flag) for one in found["higher_is_better"].values() for name, flag in one.items() if flag is not None
     }
-    truncated = {task.subset: lm.counts.truncated[task.name] for task in tasks}
+    truncated = {task.subset: len(lm.counts.truncated[task.name]) for task in tasks}
     metrics = [
         replace(metric, num_truncated=truncated.get(metric.group, 0), higher_is_better=_rises(metric.metric, better))
         for metric in summarise(items, num_shots=shots)
@@ -178,14 +192,14 @@ def _harness(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
         "licence": manifest.licence,
         "source": manifest.source,
         "requests": sum(lm.counts.requests.values()),
-        "truncated": sum(lm.counts.truncated.values()),
+        "truncated": sum(truncated.values()),
         "merged_boundaries": sum(lm.counts.merged.values()),
         # Nothing was scored there in training.
         "scored_after_end_token": sum(lm.counts.after_end.values()),
         "max_length": lm.max_length,
         "lm_eval_version": found["lm_eval_version"],
     }
-    return TaskResult(items, metrics, facts, found)
+    return TaskResult(items, metrics, facts, found, _beyond(loaded, lm.max_length))
 
 
 def _files(entry: Entry, root: Path) -> list[Path]:
@@ -252,7 +266,7 @@ def _code(loaded: Loaded, entry: Entry, setting: Setting) -> TaskResult:
     ]
     facts = {"data": str(data), "data_sha256": data_digest(manifest), "truncated": truncated}
     metrics = summarise(items, num_shots=shots, num_truncated=truncated)
-    return TaskResult(items, metrics, facts, {"samples": {entry.title: samples}})
+    return TaskResult(items, metrics, facts, {"samples": {entry.title: samples}}, _beyond(loaded, max_length))
 
 
 def _rows(folder: Path, paths: Sequence[str]) -> list[dict[str, Any]]:

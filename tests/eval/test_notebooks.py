@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last: on results in the tree, or on two runs of tiny models."""
+"""Every notebook runs from its first cell to its last: on results in the tree, or on the runs that are checked in."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, tmp_path: Path, run_folder: Path, baseline_folder: Path) -> None:
+def test_notebook_runs(path: Path, tmp_path: Path) -> None:
     import jupytext
     import nbclient
 
@@ -21,11 +21,9 @@ def test_notebook_runs(path: Path, tmp_path: Path, run_folder: Path, baseline_fo
     exec(cells[0].source, defaults)
     values = {
         "figures": str(tmp_path),
-        "checkpoints": [str(run_folder)],
-        "baselines": [str(baseline_folder)],
+        "checkpoints": ["tests/fixtures/runs/engram"],
+        "baselines": ["tests/fixtures/runs/moe"],
         "tokens": 3000,
-        # The corpus of these runs names nobody.
-        "positions": "all",
     }
     assert "figures" in defaults
     cells[0].source += "".join(f"\n{name} = {value!r}" for name, value in values.items() if name in defaults)

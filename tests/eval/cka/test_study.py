@@ -82,7 +82,9 @@ def test_every_token_of_documents(
 ) -> None:
     arguments = ("--checkpoint", run_folder, "--baseline", baseline_folder, "--positions", "all", "--tokens", 300)
     assert cka(*arguments, "--stream", 1, "--unit-norm", "--out", tmp_path) == 0
-    assert "of" in capsys.readouterr().out
+    rows = [row for row in table(tmp_path / "alignment.csv") if row["how"] == "soft" and row["quantity"] == "aligned"]
+    means = [f"{float(row['mean']):.2f}" for row in rows]
+    assert len(means) == 2 and f"a_j, from layer 1: {' '.join(means)}" in capsys.readouterr().out.splitlines()
     facts = json.loads((tmp_path / "provenance.json").read_text())
     assert 200 < facts["positions"] <= 300 and facts["entities"] is None and facts["units"] < 20
     assert not (tmp_path / "entities.csv").exists()

@@ -10,6 +10,7 @@ from torch import Tensor
 from engram.model.transformer import Transformer
 from eval.lens import logit_lens
 from eval.lens.logit_lens import METRICS, measure, places
+from eval.states import batch_tokens, chunk_tokens
 from tests.eval.models import MEMORY
 from tests.eval.planted import documents, lively, plain, plant
 
@@ -128,9 +129,9 @@ def test_batches_chunks_and_padding_change_nothing(monkeypatch: pytest.MonkeyPat
 
 def test_memory_and_chunks_are_bounded() -> None:
     """Logits of a chunk, and the states of a batch, for the paper's sizes."""
-    assert logit_lens.chunk_tokens(4096) == 256 and logit_lens.chunk_tokens(129_280) == 128
+    assert chunk_tokens(4096) == 256 and chunk_tokens(129_280) == 128
     config = lively().config.model_copy(update={"hidden_size": 2560})
-    assert logit_lens.batch_tokens(config, 33) * 33 * 2 * 2560 <= 2**26
+    assert batch_tokens(config, 33) * 33 * 2 * 2560 <= 2**26
 
 
 def test_identity_blocks_are_read_as_the_end() -> None:

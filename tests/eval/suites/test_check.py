@@ -41,9 +41,17 @@ def test_data_that_is_there_is_not_missing(tmp_path: Path) -> None:
     check_suite(suite, run_code=True)
     with pytest.raises(UserError, match="allow it with --run-code"):
         check_suite(suite, run_code=False)
+    with pytest.raises(UserError, match="essay.txt: cannot be read"):
+        ruler = {"task": "ruler", "essay": str(tmp_path / "essay.txt")}
+        check_suite(load_suite(write(tmp_path / "ruler.yaml", ruler)), run_code=False)
     # An entry with data of its own does not look into the suite's folder.
     elsewhere = {"task": "humaneval", "data": str(tmp_path / "data" / "humaneval")}
-    check_suite(load_suite(write(tmp_path / "own.yaml", elsewhere, data=str(tmp_path / "empty"))), run_code=True)
+    own = load_suite(write(tmp_path / "own.yaml", elsewhere, data=str(tmp_path / "empty")))
+    check_suite(own, run_code=True)
+    with open(tmp_path / "data" / "humaneval" / "test.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="nothing is evaluated on altered data"):
+        check_suite(own, run_code=True)
 
 
 def test_tasks_of_the_models_own_data_need_none(run_folder: Path, tmp_path: Path) -> None:

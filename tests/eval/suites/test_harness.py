@@ -21,7 +21,7 @@ from eval.results import Item, summarise
 from eval.score_cache import ScoreCache
 from eval.scoring import score
 from eval.suites import harness
-from eval.suites.harness import EngramLM
+from eval.suites.harness import EngramLM, Origin
 from eval.suites.lm_run import answer_items, corpus_metrics, items_of, run_tasks, write_lm_eval_files
 from eval.suites.lm_tasks import LocalTask, lm_eval_tasks, task_files, write_tasks
 
@@ -77,7 +77,7 @@ def test_the_split_is_that_of_lm_eval(loaded: Loaded) -> None:
     """Where the boundary falls between tokens; and in every case both parts together are the whole text."""
     lm = adapter(loaded)
     for context, continuation in PAIRS:
-        ((given, scored),) = lm._encode_pairs(["t"], [(context, continuation)])
+        ((given, scored),) = lm._encode_pairs([Origin("t", 0)], [(context, continuation)])
         if context:
             assert (given, scored) == lm._encode_pair(context, continuation)
             assert given + scored == loaded.tokenizer.encode(context + continuation)
@@ -89,7 +89,7 @@ def test_boundaries_inside_a_token_are_counted(loaded: Loaded) -> None:
     texts = [(text[:cut], text[cut:]) for text in ("the people of union",) for cut in range(1, len(text))]
     inside = [pair for pair in texts if encode("".join(pair))[: len(encode(pair[0]))] != encode(pair[0])]
     assert 0 < len(inside) < len(texts)
-    for given, scored in lm._encode_pairs(["t"] * len(inside), inside):
+    for given, scored in lm._encode_pairs([Origin("t", 0)] * len(inside), inside):
         assert scored and given + scored == encode("the people of union")
     assert lm.counts.merged["t"] == len(inside)
 
@@ -139,7 +139,11 @@ def test_too_long_is_an_error_unless_cutting_is_allowed_and_counted(loaded: Load
     scored = whole[len(given) :]
     kept = given[-(8 - (len(scored) - 1)) :]
     assert found[0] == pytest.approx(by_hand(loaded, kept, scored)[0], abs=1e-4)
-    assert lm.counts.truncated == {"long": 1} and lm.counts.requests == {"long": 2}
+    assert lm.counts.truncated == {"long": {0}} and lm.counts.requests == {"long": 2}
+    # Two choices of one question are one that was cut.
+    choices = [Instance("loglikelihood", {}, (context, text), 0, metadata=("c", 3, 1)) for text in (" a", " b")]
+    lm.loglikelihood(choices)
+    assert lm.counts.truncated["c"] == {3}
     with pytest.raises(UserError, match="even the answer alone"):
         adapter(loaded, max_length=2, allow_truncation=True).loglikelihood(asked)
     with pytest.raises(UserError, match="task t: a request needs"):

@@ -12,7 +12,7 @@ from engram.model.accounting import rho
 from eval.__main__ import main
 from eval.documents import read_documents
 from eval.loading import load, open_split
-from eval.long_ppl.cache import evaluator_losses
+from eval.long_ppl.cache import OWN_EVALUATOR, evaluator_losses
 from eval.long_ppl.measure import Windows, whole_losses
 from eval.matching import match
 from eval.suites.settings import load_suite
@@ -68,6 +68,18 @@ def test_the_checkpoint_of_equal_loss(ran: Path, run_folder: Path, baseline_fold
     assert facts["matched"] == f"matched by loss: {found}"
     assert "matched by loss" in (ran / "index.html").read_text()
     assert rows(ran / "comparison.csv")[0]["task"] == "long_ppl@24"
+
+
+def test_an_evaluator_that_is_judged_itself_is_told(
+    run_folder: Path, tmp_path: Path, ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"task": "long_ppl", "evaluator": str(run_folder), "lengths": [24], "tokens": 300}
+    out = tmp_path / "out"
+    run = [str(write(tmp_path / "s.yaml", task)), "--checkpoint", str(run_folder), "--device", "cpu"]
+    assert main([*run, "--out", str(out)]) == 0
+    told = "long_ppl: " + OWN_EVALUATOR.format(run_folder / "step_000012")
+    assert f"warning: {told}" in capsys.readouterr().err and told in (out / "index.html").read_text()
+    assert "is the evaluator itself" not in (ran / "index.html").read_text()
 
 
 def test_the_tidy_table_has_rho(ran: Path, run_folder: Path) -> None:

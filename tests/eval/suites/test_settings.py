@@ -16,6 +16,8 @@ import torch
 import yaml
 
 from engram.config import ConfigError, UserError
+from engram.training.files import sha256
+from engram.training.metrics import read_metrics
 from eval.__main__ import main
 from eval.benchmarks.add import add_files
 from eval.benchmarks.sandbox import check_available
@@ -43,6 +45,8 @@ def write(path: Path, *tasks: dict, **settings: object) -> Path:
         ([{"task": "mmlu", "shots": -1}], "tasks.0.shots: is -1, but must be 0 or more"),
         ([{"task": "mmlu", "lengths": [64]}], "task mmlu has no lengths"),
         ([{"task": "ruler", "shots": 3}], "task ruler has no shots"),
+        ([{"task": "perplexity", "profile": "full"}], "task perplexity has no profile"),
+        ([{"task": "ruler", "profile": "big"}], "tasks.0.profile: is 'big', but must be 'tiny' or 'full'"),
         ([{"task": "perplexity", "shots": 3}], "task perplexity has no shots"),
         ([{"task": "mmlu"}, {"task": "mmlu", "shots": 0}], "two tasks are called 'mmlu'.*another `name`"),
         ([], "must be a list of 1 or more"),
@@ -111,6 +115,9 @@ def test_a_tidy_table_tells_where_each_number_came_from(ran: Path, run_folder: P
     (one,) = [row for row in table if (row["task"], row["metric"]) == ("perplexity@16", "document_loss")]
     assert one["low"] < one["value"] < one["high"] and one["step"] == 12 and one["level"] == 0.9
     assert one["checkpoint"] == str(run_folder / "step_000012") and len(one["checkpoint_sha256"]) == 64
+    last = read_metrics(run_folder / "metrics.jsonl")[-1]
+    assert (one["tokens"], one["val_loss"]) == (last["tokens"], last["val_loss"])
+    assert one["config_sha256"] == sha256(run_folder / "step_000012" / "config.yaml")
     provenance = json.loads((ran / "provenance.json").read_text())
     assert (
         provenance["suite"]["tasks"][0]["lengths"] == [16, 32] and provenance["checkpoint"] == one["checkpoint_sha256"]
@@ -128,7 +135,9 @@ def test_the_comparison_is_paired_by_document(ran: Path) -> None:
         if a["task"] == "perplexity@32" and a["id"] == b["id"]
     ]
     assert float(one["difference"]) == pytest.approx(sum(pairs) / len(pairs)) and int(one["n"]) == len(pairs)
-    assert one["verdict"] in ("better", "worse", "not resolved")
+    low, high = float(one["low"]), float(one["high"])
+    # Of a loss, less is better.
+    assert one["verdict"] == ("better" if high < 0 else "worse" if low > 0 else "not resolved")
     assert {path.suffix for path in ran.glob("comparison.*")} == {".csv", ".png", ".pdf", ".svg"}
 
 
@@ -244,6 +253,40 @@ def test_a_task_that_fails_leaves_the_others(run_folder: Path, tmp_path: Path, c
     (path,) = out.glob("results_*.json")
     results = json.loads(path.read_text())
     assert set(results["results"]) == set(results["configs"]) == {"mmlu_redux", "again"}
+
+
+def test_what_was_refused_leaves_nothing(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("lm_eval")
+    entry = yaml.safe_load(choices(tmp_path).read_text())["tasks"][0]
+    suite = write(tmp_path / "s.yaml", {**entry, "max_length": 4}, data=str(tmp_path / "data"))
+    out = tmp_path / "out"
+    arguments = [str(suite), "--checkpoint", str(run_folder), "--device", "cpu", "--out", str(out)]
+    assert main(arguments) == 2
+    assert "a request needs" in capsys.readouterr().err and not out.exists()
+    # What was there before stays.
+    (out / "tasks").mkdir(parents=True)
+    assert main(arguments) == 2
+    assert (out / "tasks").exists() and not (out / "cache.sqlite").exists()
+
+
+def test_reading_beyond_the_training_is_told(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, run = tmp_path / "out", ["--checkpoint", str(run_folder), "--device", "cpu"]
+    suite = write(tmp_path / "s.yaml", {"task": "perplexity", "lengths": [16, 48], "tokens": 320})
+    assert main([str(suite), *run, "--out", str(out)]) == 0
+    beyond = f"48 tokens are read at once, but {run_folder / 'step_000012'} was trained on 32"
+    assert f"warning: perplexity: {beyond}" in capsys.readouterr().err
+    assert beyond in (out / "index.html").read_text()
+    assert beyond in json.loads((out / "provenance.json").read_text())["warnings"][0]
+    assert main(["perplexity", *run, "--sequence-length", "48", "--tokens", "320"]) == 0
+    assert f"warning: {beyond}" in capsys.readouterr().err
+    assert main(["perplexity", *run, "--tokens", "320"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    text = "the people of union states congress shall have power to lay and collect taxes for common defence " * 2
+    assert main(["gates", *run, "--text", text, "--out", str(tmp_path / "gates.html")]) == 0
+    assert "tokens are read at once" in capsys.readouterr().err
+    assert "positions beyond are new" in (tmp_path / "gates.html").read_text()
 
 
 def test_models_of_different_tokenizers_are_not_compared_by_token(
