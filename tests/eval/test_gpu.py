@@ -15,9 +15,10 @@ STUDIES = {
     "logit_lens": (*PAIR, "--tuned", "4"),
     "cka": (*PAIR, "--positions", "all"),
     "depth": PAIR,
-    "gates": ("--documents", "6", "--length", "64"),
+    "gates": ("--documents", "6"),
     "sensitivity": ("--tokens", "1500"),
     "facts": ("--baseline", BASELINE, "--sets", "local_fact,copy"),
+    "ruler": ("--baseline", BASELINE, "--lengths", "256", "--samples", "3"),
     "long_ppl": ("--baseline", BASELINE, "--evaluator", f"{BASELINE}/step_000080", "--tokens", "1500"),
     "configs/eval/tiny.yaml": (),
 }
