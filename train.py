@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 
-from engram.distributed.dry_run import add_options, dry_run
+from engram.distributed.dry_run import add_options, dry_run, unasked
 
 EPILOG = """\
 examples:
@@ -22,6 +22,7 @@ exit status:
   2    the config or an input cannot be used (the message says which, and what to change)
   3    diverged: non-finite loss or gradients; run_dir/postmortem_... holds the step
   130  interrupted by SIGINT or SIGTERM, after saving
+torchrun ends with 1 where any rank's status is not 0, below the lines that a rank wrote.
 """
 
 
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_options(parser)
     # Overrides may stand behind options.
     options = parser.parse_intermixed_args(arguments)
+    if option := unasked(options):
+        parser.error(f"{option} belongs to a plan that is not started: give --dry-run too")
     if options.dry_run:
         return dry_run(options)
     # SIGTERM stops as Ctrl-C does, from the imports on.

@@ -40,6 +40,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option, type=_positive, default=default, metavar="X", help=f"{meaning} ({default:g})")
 
 
+def unasked(options: argparse.Namespace) -> str | None:
+    """The first of the plan's options that was given though no plan was asked for."""
+    given = {"ranks": 1} | {name: getattr(Machine, name) for name in _SPEEDS}
+    wrong = [name for name, default in given.items() if getattr(options, name) != default]
+    return None if options.dry_run or not wrong else f"--{wrong[0].replace('_', '-')}"
+
+
 def dry_run(options: argparse.Namespace) -> int:
     """Print what `add_options` promised; returns the exit status."""
     from rich.console import Console
@@ -62,12 +69,15 @@ def describe(plan: "Plan", machine: Machine) -> str:
     from rich.console import Console
 
     text = StringIO()
-    show(plan, machine, Console(file=text, width=_WIDTH, highlight=False))
+    show(plan, machine, Console(file=text, width=_WIDTH, highlight=False), judge=False)
     return text.getvalue().rstrip()
 
 
-def show(plan: "Plan", machine: Machine, console: "Console") -> None:
-    """The plan, the fullest rank's memory, traffic of a step, and whether fetching rows hides behind computing."""
+def show(plan: "Plan", machine: Machine, console: "Console", judge: bool = True) -> None:
+    """The plan, the fullest rank's memory, traffic of a step, and whether fetching rows hides behind computing.
+
+    `judge`: say whether memory suffices, which a run has found out about its own device before.
+    """
     stage = f", ZeRO {plan.settings.zero_stage}" if plan.config.distributed else ""
     console.print(
         f"{plan.ranks} rank{'s' * (plan.ranks > 1)}{stage}, each with {plan.sequences} of "
@@ -76,7 +86,7 @@ def show(plan: "Plan", machine: Machine, console: "Console") -> None:
     )
     _show_backbone(plan, console)
     _show_tables(plan, console)
-    _show_memory(plan, machine, console)
+    _show_memory(plan, machine if judge else None, console)
     _show_traffic(plan, console)
     _show_windows(plan, machine, console)
     speeds = ", ".join(f"{getattr(machine, name):g} {meaning}" for name, meaning in _SPEEDS.items())
@@ -111,7 +121,7 @@ def _show_tables(plan: "Plan", console: "Console") -> None:
         _show(console, "N-gram tables; optimizer state lies beside their rows", heads, rows)
 
 
-def _show_memory(plan: "Plan", machine: Machine, console: "Console") -> None:
+def _show_memory(plan: "Plan", machine: Machine | None, console: "Console") -> None:
     from engram.distributed.accounting import Held, held_by
 
     fullest = max(range(plan.ranks), key=lambda rank: sum(each.device for each in held_by(plan, rank)))
@@ -121,10 +131,17 @@ def _show_memory(plan: "Plan", machine: Machine, console: "Console") -> None:
     used = [name for name in places if getattr(total, name)]
     unit, size = _unit([total.device, total.host, total.file])
     rows = [(each.name, *(size(getattr(each, name)) for name in used), size(each.device)) for each in [*held, total]]
-    fits = "fits into" if total.device <= machine.device_gb * 1e9 else "does not fit into"
-    title = f"Memory of rank {fullest}, which holds most, in {unit}; it {fits} a device of {machine.device_gb:g} GB"
+    title = f"Memory of rank {fullest}, which holds most, in {unit}"
+    if machine is not None:
+        fits = "fits into" if total.device <= machine.device_gb * 1e9 else "does not fit into"
+        title += f"; it {fits} a device of {machine.device_gb:g} GB"
     heads = ("", *("for a while" if name == "passing" else name for name in used), "on the device")
     _show(console, title, heads, rows)
+    if machine is not None and total.device > machine.device_gb * 1e9:
+        console.print(
+            "A rank holds less with more ranks, a higher distributed.zero_stage, distributed.offload_optimizer, "
+            "distributed.table_ranks or train.tables.\n"
+        )
 
 
 def _show_traffic(plan: "Plan", console: "Console") -> None:

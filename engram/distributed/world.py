@@ -5,6 +5,8 @@ variables.
 """
 
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ T = TypeVar("T")
 # Longest wait for what one rank does while others have nothing to do: preparing a corpus, writing tables of terabytes.
 # A rank that is gone is noticed at once even so, by its closed connections.
 PATIENCE = timedelta(hours=24)
+# Seconds of waiting for ranks to start, after which it is said.
+TOLD_AFTER = 20.0
 
 
 class RankError(UserError):
@@ -127,6 +131,28 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _interruptible(meet: Callable[[], None], size: int) -> None:
+    """`meet` on a thread: signals reach Python while it waits for ranks, and who waits for long is told for whom."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            meet()
+        except BaseException as error:
+            errors.append(error)
+
+    # Whoever is interrupted does not wait for it to end.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(TOLD_AFTER)
+    if thread.is_alive():
+        print(f"rank {os.environ.get('RANK')} waits for the others of {size} ranks to start", file=sys.stderr)
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors:
+        raise errors[0]
+
+
 @contextmanager
 def join_world(device: torch.device, timeout_seconds: int) -> Iterator[World]:
     """Meet all other ranks; nccl on GPUs, gloo elsewhere. Raises RankError where they cannot be reached.
@@ -142,9 +168,13 @@ def join_world(device: torch.device, timeout_seconds: int) -> Iterator[World]:
     size = launched_ranks()
     try:
         waiting = timedelta(seconds=timeout_seconds)
-        distributed.init_process_group(backend, timeout=waiting, **(alone if size == 1 else {}))
+        if size == 1:
+            distributed.init_process_group(backend, timeout=waiting, **alone)
+        else:
+            _interruptible(lambda: distributed.init_process_group(backend, timeout=waiting), size)
     except (ValueError, RuntimeError) as error:
-        raise RankError(f"the other ranks cannot be reached: {error}: start all of them with one torchrun") from error
+        reason = str(error).rstrip(". ")
+        raise RankError(f"the other ranks cannot be reached: {reason}: start all of them with one torchrun") from error
     try:
         patient = distributed.new_group(timeout=PATIENCE, backend="gloo") if size > 1 else None
         yield World(distributed.get_rank(), size, device, patient)

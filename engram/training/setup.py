@@ -96,6 +96,9 @@ def build_model(
     if config.train.compile:
         if (obstacle := _compile_obstacle(device)) is None:
             model.compile_blocks()
+            logger.info(
+                "train.compile: the first step waits a minute or two for the compiler, less where it has cached"
+            )
         else:
             logger.warning("train.compile has no effect, and steps are slower: %s", obstacle)
     return model.train()

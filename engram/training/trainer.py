@@ -178,7 +178,8 @@ class Trainer:
                 logger.info("interrupted after step %d: the same command goes on from there", state.step)
                 return Exit.INTERRUPTED
         if state.step < train.steps:
-            logger.info("stopped after step %d, as train.stop_after says: without it, the run goes on", state.step)
+            how = "as train.stop_after says" if state.step == self.last_step else "beyond train.stop_after"
+            logger.info("stopped after step %d, %s: without it, the run goes on", state.step, how)
         return Exit.DONE
 
     def _step(self, batch: Batch) -> dict[str, Any] | None:

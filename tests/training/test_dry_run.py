@@ -32,6 +32,7 @@ def test_the_papers_models_on_clusters(
     assert 80 * sum(rows) == count_parameters(load_config(CONFIGS / f"{name}.yaml").model).memory
     fits = "fits into a device of 80 GB"
     assert (f"it {fits}" in text) == (ranks >= 64)
+    assert ("A rank holds less with more ranks" in text) == (ranks < 64)
     assert not (tmp_path / "run").exists()
 
 
@@ -55,6 +56,13 @@ def test_odd_options(options: list[str], complaint: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="2"):
         train_script.main([str(CONFIGS / "engram_27b.yaml"), "--dry-run", *options])
     assert complaint in capsys.readouterr().err
+
+
+def test_options_of_a_plan_start_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--ranks", "4"], ["--device-gb", "40"]):
+        with pytest.raises(SystemExit, match="2"):
+            train_script.main([str(CONFIGS / "engram_27b.yaml"), *options])
+        assert f"{options[0]} belongs to a plan that is not started: give --dry-run too" in capsys.readouterr().err
 
 
 def test_nothing_heavy_is_loaded() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,6 +86,13 @@ def test_a_user_error_after_the_config_is_status_2(make_config: MakeConfig, writ
     assert again.returncode == 0 and "is finished after step 1: nothing to do" in again.stderr
 
 
+def test_stop_after_behind_the_run(make_config: MakeConfig, write: Callable[[Config], str]) -> None:
+    config = make_config(train={"steps": 6, "stop_after": 4})
+    assert "stopped after step 4, as train.stop_after says" in train(write(config)).stderr
+    again = train(write(config), "train.stop_after=2")
+    assert again.returncode == 0 and "stopped after step 4, beyond train.stop_after" in again.stderr
+
+
 def test_divergence_is_status_3(make_config: MakeConfig, write: Callable[[Config], str]) -> None:
     # A learning rate at which float32 overflows within a few steps.
     done = train(write(make_config(optim={"lr": 1e30, "schedule": {"warmup_steps": 0}, "muon": None})))
@@ -118,6 +126,28 @@ def test_a_signal_during_the_imports_is_status_130(
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
     assert error.startswith("interrupted at once") and not Path(config.run_dir).exists()
+
+
+def test_a_signal_ends_the_wait_for_other_ranks(make_config: MakeConfig, write: Callable[[Config], str]) -> None:
+    config = make_config(distributed={})
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    start = "world.TOLD_AFTER = 0.5; sys.exit(train.main())"
+    script = f"import sys, train; from engram.distributed import world; {start}"
+    command = [sys.executable, "-c", script, write(config)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | alone, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    assert any("rank 0 waits for the others of 2 ranks to start" in line for line in lines)
+    process.terminate()
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and error.startswith("interrupted at once")
+    assert not Path(config.run_dir).exists()
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
 
 
 def test_the_run_folder_does_not_wait_for_torch(make_config: MakeConfig, write: Callable[[Config], str]) -> None:
