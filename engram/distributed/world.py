@@ -131,6 +131,11 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _take(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def _interruptible(meet: Callable[[], None], size: int) -> None:
     """`meet` on a thread: signals reach Python while it waits for ranks, and who waits for long is told for whom."""
     errors: list[BaseException] = []
@@ -160,18 +165,23 @@ def join_world(device: torch.device, timeout_seconds: int) -> Iterator[World]:
     A message that waits longer than `timeout_seconds` is a RuntimeError with gloo. With nccl, torch's watchdog says so
     and ends the process itself: an error in Python would take a host that waits for every message.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if device.type == "cuda" else "gloo"
     # One rank alone needs no launcher, and no address.
     alone: dict[str, Any] = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
     size = launched_ranks()
-    try:
+
+    def meet() -> None:
+        _take(device)
         waiting = timedelta(seconds=timeout_seconds)
+        distributed.init_process_group(backend, timeout=waiting, **(alone if size == 1 else {}))
+
+    try:
+        # Each thread has a device of its own.
+        _take(device)
         if size == 1:
-            distributed.init_process_group(backend, timeout=waiting, **alone)
+            meet()
         else:
-            _interruptible(lambda: distributed.init_process_group(backend, timeout=waiting), size)
+            _interruptible(meet, size)
     except (ValueError, RuntimeError) as error:
         reason = str(error).rstrip(". ")
         raise RankError(f"the other ranks cannot be reached: {reason}: start all of them with one torchrun") from error
