@@ -175,9 +175,9 @@ def join_world(device: torch.device, timeout_seconds: int) -> Iterator[World]:
         waiting = timedelta(seconds=timeout_seconds)
         distributed.init_process_group(backend, timeout=waiting, **(alone if size == 1 else {}))
 
+    # Each thread has a device of its own.
+    _take(device)
     try:
-        # Each thread has a device of its own.
-        _take(device)
         if size == 1:
             meet()
         else:
