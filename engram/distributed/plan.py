@@ -22,6 +22,7 @@ Every other pair of settings goes together, ZeRO's stages and divided experts wi
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 
 from engram.config import Config, ConfigError, DistributedConfig, ModelConfig, UserError
 from engram.distributed.layout import Group, Table, backbone_groups, tables_of
@@ -224,6 +225,7 @@ def _check_host_memory(plan: Plan) -> None:
     rank = max(range(plan.ranks), key=needed)
     most = needed(rank) / 1e9
     if most > storage.host_memory_gb:
+        enough = _rounded_up(most)
         what, advice = (
             (
                 "all rows, and those that come and go in a step,",
@@ -233,6 +235,12 @@ def _check_host_memory(plan: Plan) -> None:
             else ("the rows that come and go in a step", "lower train.batch_size or data.sequence_length")
         )
         raise ConfigError(
-            f"train.tables.host_memory_gb is {storage.host_memory_gb:g}, but {what} on rank {rank} take {most:.4g} GB "
-            f"with their optimizer state: raise it, or {advice}"
+            f"train.tables.host_memory_gb is {storage.host_memory_gb}, but {what} on rank {rank} take {enough:g} GB "
+            f"with their optimizer state: raise it to {enough:g}, or {advice}"
         )
+
+
+def _rounded_up(size: float) -> float:
+    """The smallest number of four digits that is not below `size`: what a message names must be enough."""
+    unit = Decimal(1).scaleb(Decimal(size).adjusted() - 3)
+    return float((Decimal(size) / unit).to_integral_value(ROUND_CEILING) * unit)

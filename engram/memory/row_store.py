@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ class FileStore:
         if not count:
             return torch.zeros(shape, dtype=dtype)
         nbytes = count * dtype.itemsize
+        made = [path for path in (self.folder, *self.folder.parents) if not os.path.exists(path)]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder) as file:
@@ -56,9 +58,14 @@ class FileStore:
                 os.posix_fallocate(file.fileno(), 0, nbytes)
                 mapped = mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
+            for path in made:
+                # Other ranks may have their files in it.
+                with suppress(OSError):
+                    path.rmdir()
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            size = f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes:,} bytes"
             raise UserError(
-                f"train.tables: {self.folder} cannot hold {nbytes / 1e9:,.2f} GB for {name} ({error.strerror}): choose "
+                f"train.tables: {self.folder} cannot hold {size} for {name} ({error.strerror}): choose "
                 f"another train.tables.folder{', or free space there' if full else ''}"
             ) from error
         # Rows of a step lie anywhere: what stands around them is of no use.

@@ -193,7 +193,9 @@ def verify(folder: Path, world: World = SINGLE) -> None:
         if not isinstance(checksums, dict) or not checksums.keys() >= set(ESSENTIAL):
             raise ValueError
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: is not a checkpoint: {CHECKSUMS} is missing") from None
+        # Any other folder was never one: there is nothing to restore.
+        advice = f": {other_checkpoint(folder)}" if folder in step_folders(folder.parent) else ""
+        raise CheckpointError(f"{folder}: is not a checkpoint: {CHECKSUMS} is missing{advice}") from None
     except ValueError:
         raise CheckpointError(f"{folder / CHECKSUMS}: is damaged: {other_checkpoint(folder)}") from None
     for name in checksums:

@@ -1,6 +1,7 @@
 """Which settings go together, and who holds what: an independent list of rules, and counts of the built model."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -273,8 +274,11 @@ def test_host_memory_holds_all_rows_or_those_of_a_step() -> None:
         ("file", 40 * 2 * 2 * 108, "the rows that come and go in a step on rank 0 take"),
     ):
         make_plan(*stored(tier=tier, host_memory_gb=needed / 1e9))
-        with pytest.raises(UserError, match=advice):
+        with pytest.raises(UserError, match=advice) as refused:
             make_plan(*stored(tier=tier, host_memory_gb=(needed - 1) / 1e9))
+        named = re.search(r"raise it to (\S+), or", str(refused.value))
+        assert named is not None and needed / 1e9 <= float(named[1]) <= 1.001 * needed / 1e9
+        make_plan(*stored(tier=tier, host_memory_gb=float(named[1])))
 
 
 # ----------------------------------------------------------------------------------------------------------- the paper

@@ -157,10 +157,13 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
         UserError,
-        match=r"cannot hold 0\.00 GB for weight \(No space left on device\): .*, or free space there",
+        match=r"cannot hold 12,000 bytes for weight \(No space left on device\): .*, or free space there",
     ):
-        FileStore(tmp_path).allocate("weight", (1000, 3), torch.float32)
+        FileStore(tmp_path / "deep" / "rows").allocate("weight", (1000, 3), torch.float32)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"cannot hold 8\.00 GB for weight"):
+        FileStore(tmp_path).allocate("weight", (1000, 2_000_000), torch.float32)
+    assert tmp_path.is_dir()
 
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:

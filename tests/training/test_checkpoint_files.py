@@ -246,8 +246,11 @@ def test_damaged_and_missing_checksums(contents: Callable[[int], Contents], tmp_
     with pytest.raises(CheckpointError, match=r"checksums\.json: is damaged"):
         verify(folder)
     (folder / "checksums.json").unlink()
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint: checksums\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: checksums\.json is missing: delete step_000006 "):
         verify(folder)
+    # A folder that was never one is not to be deleted.
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: checksums\.json is missing$"):
+        verify(folder.parent)
 
 
 def test_a_broken_pointer_names_the_alternatives(contents: Callable[[int], Contents], tmp_path: Path) -> None:
