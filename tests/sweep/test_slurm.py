@@ -143,6 +143,8 @@ def test_a_second_submit_queues_nothing_twice(tmp_path: Path) -> None:
     script = "import time; time.sleep(60)"
     watcher, other = (subprocess.Popen([sys.executable, "-c", script, name]) for name in ("submitit", "unrelated"))
     try:
+        # A process exists for a moment before its command line can be read.
+        wait_until(lambda: all(Path(f"/proc/{process.pid}/cmdline").read_bytes() for process in (watcher, other)))
         for run, process in zip(runs, (watcher, other), strict=False):
             pool.job_folder(run).mkdir(parents=True)
             note_queued(run, pool, "local", str(process.pid))
